@@ -1,0 +1,1 @@
+"""Experiment configs: ml_collections `get_config()` files, one for a row of a table."""

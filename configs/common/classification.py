@@ -1,0 +1,44 @@
+"""Every field of an image classification run, with its default; the configs fill in what a recipe changes."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    return ConfigDict(
+        {
+            "seed": 0,  # of parameters, data order, augmentation and dropout
+            "dtype": "float32",  # of matrix products: float32 or bfloat16; state spaces and FFTs stay float32
+            "model": {"name": ""},  # of ssm_jax.list_models(), with arguments of its constructor
+            "data": {
+                "name": "",  # digits or cifar10
+                "dir": "",  # folder of the prepared dataset; "": ~/tensorflow_datasets
+                "resolution": config_dict.placeholder(int),  # of training images; None: the dataset's own
+                "crop_padding": 0,
+                "flip": False,
+            },
+            "batch_size": 64,  # rows of an update, over all devices
+            "accumulate": 1,  # parts in which these go through the model
+            "epochs": 1.0,
+            "optimizer": {
+                "lr": 1e-3,
+                "ssm_lr": 1e-3,  # for dt, A and B of state spaces
+                "weight_decay": 0.0,
+                "warmup_epochs": 0.0,
+                "end_lr": 0.0,
+                "clip_norm": config_dict.placeholder(float),
+                "b1": 0.9,
+                "b2": 0.999,
+                "eps": 1e-8,
+            },
+            "label_smoothing": 0.0,
+            "ema_decay": 0.0,  # 0: no averaging
+            "mesh": {"data": -1, "fsdp": 1},  # devices that share the batch; "fsdp" ones also share the parameters
+            "eval": {
+                "every_epochs": 1.0,
+                "batch_size": 256,  # rounded up to a multiple of the devices
+                "resolutions": (),  # of the test images in the final table, besides that of training
+            },
+            "checkpoint_every_epochs": 1.0,  # besides after every evaluation
+            "log_every_steps": 50,
+        }
+    )

@@ -1,0 +1,78 @@
+"""The command line that experiments share: flags, joining other processes, errors as messages."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments.config import ConfigError, flatten
+from ssm_jax.training.checkpoints import CheckpointError
+from ssm_jax.training.loop import NonFiniteLossError
+
+config_flag = config_flags.DEFINE_config_file(
+    "config", None, "Config file; override its fields with --config.FIELD=VALUE.", lock_config=True
+)
+
+
+def run_command(main: Callable[[], Any], *required: str) -> None:
+    """Parses the flags and runs `main`. Mistakes of the user end the process with a message and status 1 or 2."""
+    flags.mark_flags_as_required(["config", *required])
+    flags.FLAGS.set_default("verbosity", logging.WARNING)  # orbax tells a page for every checkpoint at INFO
+
+    def run(argv: Sequence[str]) -> None:
+        if len(argv) > 1:
+            fail(f"unexpected argument {argv[1]!r}: options are written --NAME=VALUE.", status=2)
+        join_processes()
+        try:
+            main()
+        except ConfigError as error:
+            fail(str(error), status=2)
+        except (CheckpointError, NonFiniteLossError) as error:
+            fail(str(error), status=1)
+        except KeyboardInterrupt:
+            fail("stopped; the same command goes on from the last checkpoint.", status=130)
+
+    app.run(run, flags_parser=parse)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """Parses flags; an unknown config field is answered with the nearest ones."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        fail(str(error), status=2)
+    except (AttributeError, KeyError):  # what config_flags raises for an override of a field that is not there
+        overrides = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
+        flags.FLAGS([arg for arg in argv if arg not in overrides])
+        fields = flatten(config_flag.value)
+        for override in overrides:
+            field = override.lstrip("-").removeprefix("config.").split("=")[0]
+            if field not in fields:
+                leaf = field.rpartition(".")[2]
+                near = [f for f in fields if difflib.get_close_matches(leaf, [f.rpartition(".")[2]])]
+                hint = " or ".join(f"config.{f}" for f in near) or "one of " + ", ".join(fields)
+                fail(f"config has no field {field!r}; did you mean {hint}?", status=2)
+        raise
+
+
+def join_processes() -> None:
+    """Joins the other processes of this program, where a TPU pod, SLURM or Open MPI started this one among several."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "coordinator_address" not in str(error):  # it is not among several
+            raise
+
+
+def fail(message: str, *, status: int) -> None:
+    """Ends the process with a message."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # A regular exit waits for the other processes, which wait for this one in a collective.
+        os._exit(status)
+    sys.exit(status)

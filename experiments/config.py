@@ -1,0 +1,103 @@
+"""Checking configs: mistakes are answered before anything compiles, with the field and the fix."""
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """A config asks for something impossible; the message names the field and the fix."""
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All fields of a config, or of one read from JSON, by their dotted names."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+@contextlib.contextmanager
+def section(config: ConfigDict, name: str) -> Iterator[None]:
+    """Turns a ValueError about an argument into a ConfigError about the field of `config.name` that it came from.
+
+    Messages of the library begin with the argument's name, which is also the last part of the field's.
+    """
+    try:
+        yield
+    except ValueError as error:
+        argument = str(error).split(maxsplit=1)[0]
+        fields = [field for field in flatten(config) if field.startswith(f"{name}.") and field.endswith(f".{argument}")]
+        message = str(error).removeprefix(argument)
+        raise ConfigError(f"config.{fields[0]}{message}" if fields else f"config.{name}: {error}") from error
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that no run could use; what depends on data, model or devices is checked where those are made."""
+    positive = (lambda x: 0 < x < math.inf, "positive")
+    not_negative = (lambda x: 0 <= x < math.inf, "at least 0")
+    at_least_1 = (lambda x: x >= 1, "at least 1")
+    allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "dtype": (lambda x: x in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
+        "data.resolution": (lambda x: x is None or x >= 1, "at least 1"),
+        "batch_size": at_least_1,
+        "accumulate": at_least_1,
+        "epochs": positive,
+        "optimizer.lr": positive,
+        "optimizer.ssm_lr": not_negative,
+        "optimizer.end_lr": not_negative,
+        "optimizer.weight_decay": not_negative,
+        "optimizer.warmup_epochs": (lambda x: 0 <= x < config.epochs, f"at least 0 and less than epochs={config.epochs}"),
+        "optimizer.clip_norm": (lambda x: x is None or x > 0, "positive"),
+        "label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
+        "ema_decay": (lambda x: 0 <= x < 1, "in [0, 1); 0 is for no averaging"),
+        "eval.every_epochs": positive,
+        "eval.batch_size": at_least_1,
+        "eval.resolutions": (lambda x: all(isinstance(r, int) and r >= 1 for r in x), "whole numbers of at least 1"),
+        "checkpoint_every_epochs": positive,
+        "log_every_steps": at_least_1,
+    }
+    values = flatten(config)
+    for field, (holds, what) in allowed.items():
+        if not holds(values[field]):
+            raise ConfigError(f"config.{field} must be {what}, got {values[field]!r}.")
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Makes `workdir` this config's, by writing config.json; goes on with one that already is.
+
+    Raises ConfigError, and touches nothing, if it holds a run of another config or files of something else.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(json.dumps(config.to_dict()))
+    if path.exists():
+        theirs, ours = flatten(json.loads(path.read_text())), flatten(mine)
+        differences = [
+            f"  config.{field}: {theirs.get(field, 'absent')!r} there, {ours.get(field, 'absent')!r} now"
+            for field in sorted(theirs.keys() | ours.keys())
+            if theirs.get(field, "absent") != ours.get(field, "absent")
+        ]
+        if differences:
+            raise ConfigError(
+                f"--workdir={workdir} holds a run of another config:\n" + "\n".join(differences) + "\n"
+                "Use another --workdir, or that config to go on with it."
+            )
+        return
+    foreign = sorted(entry.name for entry in workdir.iterdir() if entry.suffix != ".tmp") if workdir.exists() else []
+    if foreign:
+        raise ConfigError(
+            f"--workdir={workdir} is not empty and not a run (it has {', '.join(foreign[:5])} but no config.json). "
+            "Use an empty or new directory."
+        )
+    workdir.mkdir(parents=True, exist_ok=True)
+    written = path.with_suffix(".tmp")
+    written.write_text(json.dumps(mine, indent=2) + "\n")
+    written.replace(path)

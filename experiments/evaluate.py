@@ -1,0 +1,51 @@
+r"""Scores a checkpoint on the test images, at the config's resolutions or at the one given.
+
+    python -m experiments.evaluate --config=configs/s4nd/digits.py --checkpoint=runs/digits [--resolution=16]
+
+`--checkpoint` is a run's workdir (its best checkpoint is taken) or one checkpoint, WORKDIR/checkpoints/STEP.
+"""
+
+import jax
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from experiments import report
+from experiments.command import config_flag, run_command
+from experiments.config import ConfigError
+from experiments.experiment import build
+from ssm_jax.training.checkpoints import CheckpointError, Checkpoints
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
+_RESOLUTION = flags.DEFINE_integer("resolution", None, "Resolution of the test images; default: the config's.")
+
+
+def evaluate(config: ConfigDict, checkpoint: epath.PathLike, resolution: int | None = None) -> report.Scores:
+    """Prints the table of scores and returns them."""
+    if resolution is not None and resolution < 1:
+        raise ConfigError(f"--resolution must be at least 1, got {resolution}.")
+    experiment = build(config)
+    resolutions = [resolution] if resolution else sorted({experiment.resolution, *config.eval.resolutions})
+    folder, step = find(checkpoint)
+    with jax.set_mesh(experiment.mesh), Checkpoints(folder, metric="val/accuracy") as checkpoints:
+        step = checkpoints.best if step is None else step
+        if step is None:
+            raise CheckpointError(f"{folder} has no evaluated checkpoint; name one, {folder}/STEP.")
+        state, _ = checkpoints.restore(experiment.abstract_state, step)
+        scores = {r: experiment.evaluate(state, "test", r)[0] for r in resolutions}
+    if jax.process_index() == 0:
+        report.print_table(experiment, scores, step=step)
+    return scores
+
+
+def find(checkpoint: epath.PathLike) -> tuple[epath.Path, int | None]:
+    """The folder of checkpoints that is meant, and the step if one is."""
+    path = epath.Path(checkpoint).resolve()
+    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
+    if not folder.is_dir():
+        raise ConfigError(f"--checkpoint={checkpoint} is neither a run's workdir nor a checkpoint in one.")
+    return folder, step
+
+
+if __name__ == "__main__":
+    run_command(lambda: evaluate(config_flag.value, _CHECKPOINT.value, _RESOLUTION.value), "checkpoint")

@@ -1,0 +1,100 @@
+"""What a run leaves for people: the table of test scores, results.json and pictures."""
+
+import json
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from flax import nnx
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from experiments.experiment import Experiment
+from ssm_jax import plots
+from ssm_jax.layers import S4ND
+from ssm_jax.training.metrics import read_metrics
+from ssm_jax.training.steps import TrainState
+
+Scores = dict[int, dict[str, float]]
+"""Loss and accuracy on the test images, by resolution."""
+
+
+def print_table(experiment: Experiment, scores: Scores, *, step: int) -> None:
+    """Prints the scores."""
+    table = Table(title=f"{experiment.config.model.name}, step {step}, {experiment.config.data.name} test images")
+    for column in ["resolution", "rate", "images", "loss", "accuracy"]:
+        table.add_column(column, justify="right")
+    for resolution, score in scores.items():
+        table.add_row(
+            f"{resolution} x {resolution}" + (" (training)" if resolution == experiment.resolution else ""),
+            f"{experiment.dataset.resolution / resolution:g}",
+            f"{len(experiment.dataset.splits['test']):,}",
+            f"{score['loss']:.4f}",
+            f"{score['accuracy']:.2%}",
+        )
+    Console().print(table)
+
+
+def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Scores:
+    """Scores a network at the config's resolutions; prints the table, writes results.json and pictures/."""
+    scores, logits = {}, {}
+    for resolution in sorted({experiment.resolution, *experiment.config.eval.resolutions}):
+        scores[resolution], logits[resolution] = experiment.evaluate(state, "test", resolution)
+    if jax.process_index() == 0:
+        step = int(state.step)
+        print_table(experiment, scores, step=step)
+        results = {"step": step, "test": scores, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        pictures = {
+            "training_curves": plots.training_curves(read_metrics(workdir)),
+            "accuracy_by_resolution": plots.accuracy_by_resolution(
+                {resolution: score["accuracy"] for resolution, score in scores.items()},
+                trained_at=experiment.resolution,
+            ),
+            "predictions": _predictions(experiment, logits[experiment.resolution]),
+            **_kernels(experiment, state),
+        }
+        save_pictures(pictures, workdir / "pictures")
+        Console().print(f"checkpoints, metrics and pictures are in {workdir}", soft_wrap=True)
+    return scores
+
+
+def save_pictures(pictures: Mapping[str, Figure], folder: epath.Path) -> None:
+    """Writes figures as PNG files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in pictures.items():
+        with (folder / f"{name}.png").open("wb") as file:
+            figure.savefig(file, dpi=150)
+
+
+def _predictions(experiment: Experiment, logits: np.ndarray, *, count: int = 32) -> Figure:
+    """The wrong predictions first, as far as they fill half of the sheet, then others in order."""
+    test = experiment.dataset.splits["test"]
+    predictions = logits.argmax(-1)
+    labels = np.array([int(test[i]["label"]) for i in range(len(test))])
+    wrong = np.flatnonzero(predictions != labels)[: count // 2]
+    shown = [*wrong, *np.setdiff1d(np.arange(len(test)), wrong)[: count - len(wrong)]]
+    images = np.stack([test[int(i)]["image"] for i in shown])
+    return plots.prediction_sheet(images, labels[shown], predictions[shown], experiment.dataset.class_names)
+
+
+def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> dict[str, Figure]:
+    """Kernels of the first S4ND layer, drawn as the functions they are, on a grid 8 times as fine as the images'."""
+    model = nnx.merge(nnx.graphdef(experiment.abstract_model), state.params, state.rest)
+    layer = next((module for _, module in nnx.iter_modules(model) if isinstance(module, S4ND)), None)
+    if layer is None:
+        return {}
+    extent = min(experiment.dataset.resolution, 16) / 2
+    rows, columns = (_two_sided(kernel) for kernel in layer.sample_kernels([int(8 * extent)] * 2, rate=1 / 8))
+    kernels = np.einsum("hi,hj->hij", rows, columns)[:count]
+    title = f"2-D kernels of the first S4ND layer, lags -{extent:g} to {extent:g} pixels"
+    return {"kernels": plots.kernel_sheet(kernels, extent=extent, title=title)}
+
+
+def _two_sided(kernel: jax.Array) -> np.ndarray:
+    """A kernel's first channel, (heads, 2 length), from its most negative lag to its most positive."""
+    forward = np.asarray(kernel[0, 0])
+    backward = np.asarray(kernel[1, 0]) if kernel.shape[0] == 2 else np.zeros_like(forward)
+    return np.concatenate([backward[:, ::-1], forward], axis=1)

@@ -1,0 +1,90 @@
+r"""Trains and evaluates a network as a config says; started again with the same command, a run goes on.
+
+    python -m experiments.train --config=configs/s4nd/digits.py --workdir=runs/digits [--config.FIELD=VALUE ...]
+
+The workdir gets config.json, metrics.jsonl, TensorBoard event files, checkpoints/, results.json and pictures/.
+"""
+
+import math
+
+import jax
+from absl import flags
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from experiments import report
+from experiments.command import config_flag, run_command
+from experiments.config import claim_workdir
+from experiments.experiment import Experiment, build
+from ssm_jax.training.checkpoints import Checkpoints
+from ssm_jax.training.loop import fit
+from ssm_jax.training.metrics import MetricWriter, ProgressBar
+from ssm_jax.training.steps import TrainState
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run that is there is gone on with.")
+
+
+def train(config: ConfigDict, workdir: epath.PathLike) -> report.Scores:
+    """Trains from the workdir's last checkpoint, if any, and scores the best checkpoint on the test images."""
+    workdir = epath.Path(workdir).resolve()  # orbax wants an absolute path
+    experiment = build(config)
+    claim_workdir(workdir, config)
+    multihost_utils.sync_global_devices("workdir claimed")
+    with (
+        jax.set_mesh(experiment.mesh),
+        Checkpoints(workdir / "checkpoints", metric="val/accuracy") as checkpoints,
+    ):
+        _fit(experiment, workdir, checkpoints)
+        state, _ = checkpoints.restore(experiment.abstract_state, checkpoints.best)
+        return report.write(experiment, state, workdir)
+
+
+def _fit(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints) -> None:
+    config = experiment.config
+    batches = experiment.train_batches()
+    if (last := checkpoints.last) is None:
+        state = experiment.init()
+    else:
+        state, position = checkpoints.restore(experiment.abstract_state, last)
+        batches.set_state(position)
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        scores, _ = experiment.evaluate(state, "val", experiment.resolution)
+        return {f"val/{name}": value for name, value in scores.items()}
+
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * experiment.steps_per_epoch))
+
+    start = last or 0
+    with (
+        MetricWriter(workdir, step=start) as writer,
+        ProgressBar(total_steps=experiment.total_steps, step=start) as progress,
+    ):
+        parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+        progress.print(
+            f"{config.model.name} with {parameters:,} parameters on {config.data.name} at {experiment.resolution} x "
+            f"{experiment.resolution}, {experiment.total_steps:,} steps of {config.batch_size} images on "
+            f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
+            + (f", going on from step {start:,}" if start else "")
+        )
+        fit(
+            state,
+            train_step=experiment.train_step,
+            batches=map(experiment.put, batches),
+            data_position=batches.get_state,
+            evaluate=evaluate,
+            schedule=experiment.schedule,
+            checkpoints=checkpoints,
+            writer=writer,
+            progress=progress,
+            batch_size=config.batch_size,
+            total_steps=experiment.total_steps,
+            eval_every=steps(config.eval.every_epochs),
+            checkpoint_every=steps(config.checkpoint_every_epochs),
+            log_every=config.log_every_steps,
+        )
+
+
+if __name__ == "__main__":
+    run_command(lambda: train(config_flag.value, _WORKDIR.value), "workdir")

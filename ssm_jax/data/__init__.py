@@ -1,0 +1,1 @@
+"""Datasets, augmentation and batches. Nothing here needs TensorFlow."""

@@ -1,0 +1,115 @@
+"""Image classification datasets as random-access sources."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from etils import epath
+
+
+class Source(Protocol):
+    """Random access to examples: dicts with `image` (H, W, C) uint8 and `label`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Images of one size with one label each, in splits `train`, `val` and `test`.
+
+    `mean` and `std` are those of the training images' channels, in units of the full range 0 .. 255 -> 0 .. 1.
+    """
+
+    splits: Mapping[str, Source]
+    resolution: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return len(self.mean)
+
+
+def digits(dir: str | None = None) -> Dataset:
+    """The 1,797 scanned 8 x 8 digits that scikit-learn ships (UCI ML hand-written digits, test part).
+
+    They have no official split: 70 % train, 10 % val, 20 % test, drawn once, with equal shares of each class.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    del dir  # they come with scikit-learn
+    raw = load_digits()
+    images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = raw.target.astype(np.int32)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
+    train, val = train_test_split(rest, test_size=0.125, random_state=0, stratify=labels[rest])
+    return Dataset(
+        splits={
+            name: [{"image": images[i], "label": labels[i]} for i in part]
+            for name, part in [("train", train), ("val", val), ("test", test)]
+        },
+        resolution=8,
+        class_names=tuple(map(str, range(10))),
+        mean=(0.305,),
+        std=(0.376,),
+    )
+
+
+def cifar10(dir: str | None = None) -> Dataset:
+    """CIFAR-10 as prepared by TensorFlow Datasets in array_record form; the last tenth of train is val."""
+    return Dataset(
+        splits=_tfds("cifar10", dir, {"train": "train[:90%]", "val": "train[90%:]", "test": "test"}),
+        resolution=32,
+        class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.247, 0.243, 0.261),
+    )
+
+
+def _tfds(name: str, dir: str | None, splits: Mapping[str, str]) -> dict[str, Source]:
+    """Opens splits of a prepared dataset, after checking for the mistakes that tfds explains badly."""
+    folder = epath.Path(dir or "~/tensorflow_datasets").expanduser() / name
+    versions = sorted(folder.glob("*/dataset_info.json")) if folder.exists() else []
+    if not versions:
+        raise ValueError(
+            f"dir holds no prepared {name}: looked for {folder}/VERSION/dataset_info.json. Set it to the folder that has "
+            f"{name}/ in it, the data_dir with which tfds.builder({name!r}, file_format='array_record') was prepared."
+        )
+    file_format = json.loads(versions[-1].read_text()).get("fileFormat", "tfrecord")
+    if file_format != "array_record":
+        raise ValueError(
+            f"dir holds {name} as {file_format}, which has no random access: {versions[-1].parent}. "
+            "Prepare it with file_format='array_record'."
+        )
+    import tensorflow_datasets as tfds
+
+    opened = tfds.data_source(name, split=list(splits.values()), data_dir=str(folder.parent), download=False)
+    return dict(zip(splits, opened, strict=True))
+
+
+_DATASETS: dict[str, Callable[[str | None], Dataset]] = {"cifar10": cifar10, "digits": digits}
+
+
+def load_dataset(name: str, dir: str | None = None) -> Dataset:
+    """Opens a dataset by name; `dir` is where the prepared ones are (default `~/tensorflow_datasets`).
+
+    Raises ValueError if there is none of that name or its files are missing.
+    """
+    if name not in _DATASETS:
+        near = difflib.get_close_matches(name, _DATASETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"name must be one of {', '.join(_DATASETS)}, got {name!r}.{hint}")
+    return _DATASETS[name](dir)

@@ -1,0 +1,5 @@
+"""Flax NNX modules, one section of a paper each."""
+
+from ssm_jax.layers.s4nd import S4ND as S4ND
+from ssm_jax.layers.s4nd import S4DKernel as S4DKernel
+from ssm_jax.layers.s4nd import SSMParam as SSMParam

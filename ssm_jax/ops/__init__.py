@@ -1,0 +1,12 @@
+"""Pure functions on arrays: everything that the layers compute, usable from any JAX program."""
+
+from ssm_jax.ops.batch_local import batch_local as batch_local
+from ssm_jax.ops.conv import fft_conv as fft_conv
+from ssm_jax.ops.discretize import discretize as discretize
+from ssm_jax.ops.kernel import bandlimit_mask as bandlimit_mask
+from ssm_jax.ops.kernel import s4d_kernel as s4d_kernel
+from ssm_jax.ops.kernel import vandermonde as vandermonde
+from ssm_jax.ops.scan import linear_recurrence as linear_recurrence
+from ssm_jax.ops.state_matrices import diagonalize as diagonalize
+from ssm_jax.ops.state_matrices import hippo as hippo
+from ssm_jax.ops.state_matrices import state_matrices as state_matrices

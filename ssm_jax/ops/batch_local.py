@@ -1,0 +1,39 @@
+"""Running a function on each device's own part of the batch."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+BATCH_AXES = ("data", "fsdp")
+"""The mesh axes over which a batch is divided."""
+
+
+def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
+    """Wraps `fn(x, *weights)` so that each device computes its rows of `x` (batch first) with all of the weights.
+
+    XLA cannot partition an FFT over its batch dimensions (openxla/xla#24): under plain `jit`, CPUs and GPUs gather
+    the whole batch on every device, and TPUs gather per-device kernel gradients. Inside `shard_map` the only
+    collective left is the all-reduce of the weights' gradients.
+
+    The mesh is the one in context (`jax.set_mesh`). Without one, or inside another `shard_map`, `fn` runs as it is.
+    Raises ValueError if the batch is not divisible by the devices it is divided over.
+    """
+
+    def wrapped(x: Array, *weights: Array) -> Array:
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
+        n_shards = math.prod(mesh.shape[axis] for axis in axes)
+        if n_shards == 1 or mesh.manual_axes:
+            return fn(x, *weights)
+        if x.shape[0] % n_shards:
+            raise ValueError(
+                f"batch size must be a multiple of {n_shards}, the devices of mesh axes {axes}, got {x.shape[0]}; "
+                "pad the batch."
+            )
+        sharded = jax.shard_map(fn, in_specs=(P(axes), *[P()] * len(weights)), out_specs=P(axes))
+        return sharded(x, *weights)
+
+    return wrapped
