@@ -22,7 +22,6 @@ config_flag = config_flags.DEFINE_config_file(
 def run_command(main: Callable[[], Any], *required: str) -> None:
     """Parses the flags and runs `main`. Mistakes of the user end the process with a message and status 1 or 2."""
     flags.mark_flags_as_required(["config", *required])
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # orbax tells a page for every checkpoint at INFO
 
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -43,7 +42,10 @@ def run_command(main: Callable[[], Any], *required: str) -> None:
 def parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; an unknown config field is answered with the nearest ones."""
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # at INFO, absl's default, orbax tells a page for every checkpoint
+        return rest
     except flags.Error as error:
         fail(str(error), status=2)
     except (AttributeError, KeyError):  # what config_flags raises for an override of a field that is not there

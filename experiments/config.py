@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -55,7 +56,10 @@ def check(config: ConfigDict) -> None:
         "optimizer.ssm_lr": not_negative,
         "optimizer.end_lr": not_negative,
         "optimizer.weight_decay": not_negative,
-        "optimizer.warmup_epochs": (lambda x: 0 <= x < config.epochs, f"at least 0 and less than epochs={config.epochs}"),
+        "optimizer.warmup_epochs": (
+            lambda x: 0 <= x < config.epochs,
+            f"at least 0 and less than epochs={config.epochs}",
+        ),
         "optimizer.clip_norm": (lambda x: x is None or x > 0, "positive"),
         "label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
         "ema_decay": (lambda x: 0 <= x < 1, "in [0, 1); 0 is for no averaging"),
@@ -97,6 +101,8 @@ def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
             f"--workdir={workdir} is not empty and not a run (it has {', '.join(foreign[:5])} but no config.json). "
             "Use an empty or new directory."
         )
+    if jax.process_index() != 0:
+        return
     workdir.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps(mine, indent=2) + "\n")

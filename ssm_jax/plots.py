@@ -8,7 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#2f6db5", "#d9722e", "#8a8a8a"
-matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
+matplotlib.rcParams.update(
+    {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25}
+)
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:

@@ -1,6 +1,6 @@
 r"""S4ND-ISO on scikit-learn's 8 x 8 digits: a small network for a laptop CPU, also the project's self-test.
 
-    python -m experiments.train --config=configs/s4nd/digits.py --workdir=runs/digits
+python -m experiments.train --config=configs/s4nd/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict

@@ -85,8 +85,8 @@ def _tfds(name: str, dir: str | None, splits: Mapping[str, str]) -> dict[str, So
     versions = sorted(folder.glob("*/dataset_info.json")) if folder.exists() else []
     if not versions:
         raise ValueError(
-            f"dir holds no prepared {name}: looked for {folder}/VERSION/dataset_info.json. Set it to the folder that has "
-            f"{name}/ in it, the data_dir with which tfds.builder({name!r}, file_format='array_record') was prepared."
+            f"dir holds no prepared {name}: looked for {folder}/VERSION/dataset_info.json. Set it to the folder that "
+            f"has {name}/ in it, the data_dir with which tfds.builder({name!r}, file_format='array_record') was prepared."
         )
     file_format = json.loads(versions[-1].read_text()).get("fileFormat", "tfrecord")
     if file_format != "array_record":

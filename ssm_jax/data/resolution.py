@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 
-def normalize(
-    images: UInt8[Array, "b h w c"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Array, "b h w c"]:
+def normalize(images: UInt8[Array, "b h w c"], mean: Sequence[float], std: Sequence[float]) -> Float[Array, "b h w c"]:
     """Maps bytes to (x / 255 - mean) / std, per channel, in float32."""
     x = images.astype(jnp.float32) / 255
     return (x - jnp.asarray(mean, jnp.float32)[None, None, None]) / jnp.asarray(std, jnp.float32)[None, None, None]

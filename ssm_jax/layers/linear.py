@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 
 def uniform_init(fan_in: int) -> jax.nn.initializers.Initializer:
@@ -18,8 +19,8 @@ def linear(
     in_features: int,
     out_features: int,
     *,
-    dtype: jnp.dtype | None = None,
-    param_dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
     """An `nnx.Linear` that starts as PyTorch's does."""

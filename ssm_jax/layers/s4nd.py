@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.linear import linear
@@ -47,7 +48,7 @@ class S4DKernel(nnx.Module):
         dt_transform: str = "exp",
         real_transform: str = "exp",
         imag_transform: str = "none",
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Builds the parameters.
@@ -63,7 +64,8 @@ class S4DKernel(nnx.Module):
             dt_max: largest initial step. The defaults are the paper's for images; for sequences it has 0.001 to 0.1.
             dt_tie: one step per head; otherwise one per head and mode.
             discretization: `zoh` or `bilinear`.
-            bandlimit: drop modes at or above this fraction of the Nyquist frequency of the rate-1 grid; None keeps all.
+            bandlimit: drop modes at or above this fraction of the Nyquist frequency of the rate-1 grid; None or
+                infinity keeps all.
             dt_transform: map from the parameter to dt, a name in `ssm_jax.ops.transforms.TRANSFORMS`.
             real_transform: likewise to -Re A.
             imag_transform: likewise to -Im A.
@@ -82,7 +84,7 @@ class S4DKernel(nnx.Module):
         if discretization not in ("zoh", "bilinear"):
             raise ValueError(f"discretization must be 'zoh' or 'bilinear', got {discretization!r}.")
         if bandlimit is not None and not bandlimit > 0:
-            raise ValueError(f"bandlimit must be positive, or None to keep all modes, got {bandlimit}.")
+            raise ValueError(f"bandlimit must be positive, or None or inf to keep all modes, got {bandlimit}.")
         if not jnp.issubdtype(param_dtype, jnp.floating) or jnp.finfo(param_dtype).bits < 32:
             raise ValueError(f"param_dtype of a state space must be float32 or float64, got {jnp.dtype(param_dtype)}.")
         self.discretization = discretization
@@ -146,8 +148,8 @@ class S4ND(nnx.Module):
         channels: int = 1,
         linear_output: bool = False,
         dropout: float = 0.0,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         **kernel,
     ):
@@ -193,7 +195,9 @@ class S4ND(nnx.Module):
         """The kernel of each axis, as it is convolved with an input of `lengths` positions."""
         rates = (rate,) * len(self.kernels) if isinstance(rate, int | float) else tuple(rate)
         if len(rates) != len(self.kernels) or not all(0 < r < math.inf for r in rates):
-            raise ValueError(f"rate must be positive, one number or one for each of {len(self.kernels)} axes, got {rate}.")
+            raise ValueError(
+                f"rate must be positive, one number or one for each of {len(self.kernels)} axes, got {rate}."
+            )
         return [
             kernel(length if l_max is None else min(length, round(l_max / r)), rate=r)
             for kernel, length, l_max, r in zip(self.kernels, lengths, self.l_max, rates, strict=True)
@@ -219,7 +223,7 @@ class S4ND(nnx.Module):
         """
         if u.ndim != len(self.kernels) + 2 or u.shape[-1] != self.d_model or 0 in u.shape:
             raise ValueError(
-                f"u must be (batch, {len(self.kernels)} axes, d_model={self.d_model}), none of them empty, got {u.shape}."
+                f"u must be (batch, {len(self.kernels)} axes, d_model={self.d_model}), not empty, got shape {u.shape}."
             )
         x = u.astype(jnp.promote_types(u.dtype, jnp.float32))
         y = fft_conv(x, self.sample_kernels(u.shape[1:-1], rate=rate))

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.linear import linear, uniform_init
@@ -24,8 +25,8 @@ class ConvMixer2D(nnx.Module):
         *,
         kernel_size: int = 3,
         dropout: float = 0.0,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Builds both convolutions; raises ValueError for an even `kernel_size`."""
@@ -51,7 +52,9 @@ class ConvMixer2D(nnx.Module):
 class Block(nnx.Module):
     """A pre-norm residual block without feed-forward part, as the mixer's output map mixes the channels."""
 
-    def __init__(self, d_model: int, *, mixer: Callable[..., nnx.Module], dropout: float, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(
+        self, d_model: int, *, mixer: Callable[..., nnx.Module], dropout: float, rngs: nnx.Rngs, **dtypes: Any
+    ):
         """Builds the block; `mixer(d_model, dropout=..., rngs=..., **dtypes)` makes its mixer."""
         self.norm = LayerNorm(d_model, **dtypes, rngs=rngs)
         self.mixer = mixer(d_model, dropout=dropout, **dtypes, rngs=rngs)
@@ -76,8 +79,8 @@ class Isotropic(nnx.Module):
         d_model: int = 512,
         n_layers: int = 8,
         dropout: float = 0.1,
-        dtype: jnp.dtype | None = None,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Builds the network.

@@ -8,9 +8,7 @@ from jaxtyping import Array, Bool, Complex, Float
 from ssm_jax.ops.discretize import discretize
 
 
-def vandermonde(
-    v: Complex[Array, "k h n"], log_x: Complex[Array, "h n"], length: int
-) -> Float[Array, "k h length"]:
+def vandermonde(v: Complex[Array, "k h n"], log_x: Complex[Array, "h n"], length: int) -> Float[Array, "k h length"]:
     """Sums a mode and its conjugate over powers: `2 Re sum_n v[k, h, n] x[h, n]^l` for l = 0 .. length-1.
 
     Written in real arithmetic, as one matrix product of (Re v, Im v) with (Re x^l, -Im x^l), which a matrix unit
@@ -41,9 +39,7 @@ def s4d_kernel(
     return vandermonde(C * Bbar[None], log_Abar, length)
 
 
-def bandlimit_mask(
-    A: Complex[Array, "h_or_1 n"], dt: Float[Array, "h n_or_1"], bandlimit: float
-) -> Bool[Array, "h n"]:
+def bandlimit_mask(A: Complex[Array, "h_or_1 n"], dt: Float[Array, "h n_or_1"], bandlimit: float) -> Bool[Array, "h n"]:
     """True for the modes that oscillate slower than `bandlimit` times the Nyquist frequency (S4ND, section 4.3).
 
     A mode's frequency is `dt |Im A| / 2 pi` cycles per sample. With `dt` the step of the rate-1 grid, as in the

@@ -1,8 +1,8 @@
 """State matrices that the kernels start from: HiPPO matrices, their diagonal plus low-rank form, diagonal variants.
 
-Everything but random draws is numpy in float64 and runs once, at construction. A real state of size `d_state` is stored as
-`d_state / 2` complex modes; the other half are their conjugates. Conventions follow S4 (arXiv:2111.00396) and
-S4D (arXiv:2206.11893): modes have Re A < 0 and Im A <= 0.
+Everything but random draws is numpy in float64 and runs once, at construction. A real state of size `d_state` is
+stored as `d_state / 2` complex modes; the other half are their conjugates. Conventions follow S4 (arXiv:2111.00396)
+and S4D (arXiv:2206.11893): modes have Re A < 0 and Im A <= 0.
 """
 
 import difflib

@@ -2,10 +2,12 @@
 
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import tensorboardX
 from etils import epath
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -19,10 +21,16 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Appends rows of numbers to `metrics.jsonl` and to TensorBoard event files in a run's directory."""
+    """Appends rows of numbers to `metrics.jsonl` and to TensorBoard event files in a run's directory.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, workdir: epath.PathLike, *, step: int = 0):
         """Goes on after `step`: later rows, written by a run that was killed, are about to be computed again."""
+        self._tensorboard = None
+        if jax.process_index() != 0:
+            return
         self._path = epath.Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(workdir) if row["step"] <= step]
         rewritten = self._path.with_suffix(".tmp")
@@ -34,10 +42,13 @@ class MetricWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one row."""
+        if self._tensorboard is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for name, value in metrics.items():
@@ -45,11 +56,14 @@ class MetricWriter:
 
 
 class ProgressBar:
-    """A bar with loss, accuracy, images per second and time left; nothing where the output is not a terminal."""
+    """A bar with loss, accuracy, images per second and time left; where the output is no terminal, only `print`s.
+
+    Of several processes only the first shows it.
+    """
 
     def __init__(self, *, total_steps: int, step: int):
         """Starts at `step` of `total_steps`."""
-        columns = [
+        self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -57,12 +71,10 @@ class ProgressBar:
             TextColumn("{task.fields[images_per_second]:,.0f} images/s"),
             TimeRemainingColumn(),
             TextColumn("left"),
-        ]
-        self._progress = Progress(*columns)
-        self._task = self._progress.add_task(
-            "train", total=total_steps, completed=step, loss=math.nan, accuracy=math.nan, images_per_second=math.nan
+            disable=jax.process_index() != 0 or not sys.stdout.isatty(),
         )
-        self.print = self._progress.console.print
+        unknown = {"loss": math.nan, "accuracy": math.nan, "images_per_second": math.nan}
+        self._task = self._progress.add_task("train", total=total_steps, completed=step, **unknown)
 
     def __enter__(self) -> "ProgressBar":
         self._progress.start()
@@ -72,8 +84,13 @@ class ProgressBar:
         self._progress.stop()
 
     def update(self, step: int, **fields: float) -> None:
-        """Moves the bar to `step`."""
+        """Moves the bar to `step`; fields are `loss`, `accuracy` and `images_per_second`."""
         self._progress.update(self._task, completed=step, **fields)
+
+    def print(self, line: str) -> None:
+        """Prints a line above the bar."""
+        if jax.process_index() == 0:
+            self._progress.console.print(line, soft_wrap=True, highlight=False)
 
 
 class Throughput:
