@@ -4,7 +4,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import app, flags, logging
@@ -19,9 +19,9 @@ config_flag = config_flags.DEFINE_config_file(
 )
 
 
-def run_command(main: Callable[[], Any], *required: str) -> None:
+def run_command(main: Callable[[], Any]) -> None:
     """Parses the flags and runs `main`. Mistakes of the user end the process with a message and status 1 or 2."""
-    flags.mark_flags_as_required(["config", *required])
+    flags.mark_flag_as_required("config")
 
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -71,7 +71,7 @@ def join_processes() -> None:
             raise
 
 
-def fail(message: str, *, status: int) -> None:
+def fail(message: str, *, status: int) -> NoReturn:
     """Ends the process with a message."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():

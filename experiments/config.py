@@ -10,12 +10,15 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+Config = Any
+"""An ml_collections ConfigDict, whose fields a type checker cannot know."""
+
 
 class ConfigError(ValueError):
     """A config asks for something impossible; the message names the field and the fix."""
 
 
-def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Config) -> dict[str, Any]:
     """All fields of a config, or of one read from JSON, by their dotted names."""
     flat = {}
     for name, value in config.items():
@@ -27,7 +30,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def section(config: ConfigDict, name: str) -> Iterator[None]:
+def section(config: Config, name: str) -> Iterator[None]:
     """Turns a ValueError about an argument into a ConfigError about the field of `config.name` that it came from.
 
     Messages of the library begin with the argument's name, which is also the last part of the field's.
@@ -41,7 +44,7 @@ def section(config: ConfigDict, name: str) -> Iterator[None]:
         raise ConfigError(f"config.{fields[0]}{message}" if fields else f"config.{name}: {error}") from error
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Refuses values that no run could use; what depends on data, model or devices is checked where those are made."""
     positive = (lambda x: 0 < x < math.inf, "positive")
     not_negative = (lambda x: 0 <= x < math.inf, "at least 0")
@@ -75,7 +78,7 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"config.{field} must be {what}, got {values[field]!r}.")
 
 
-def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: epath.Path, config: Config) -> None:
     """Makes `workdir` this config's, by writing config.json; goes on with one that already is.
 
     Raises ConfigError, and touches nothing, if it holds a run of another config or files of something else.

@@ -8,19 +8,18 @@ r"""Scores a checkpoint on the test images, at the config's resolutions or at th
 import jax
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict
 
 from experiments import report
 from experiments.command import config_flag, run_command
-from experiments.config import ConfigError
+from experiments.config import Config, ConfigError
 from experiments.experiment import build
 from ssm_jax.training.checkpoints import CheckpointError, Checkpoints
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.", required=True)
 _RESOLUTION = flags.DEFINE_integer("resolution", None, "Resolution of the test images; default: the config's.")
 
 
-def evaluate(config: ConfigDict, checkpoint: epath.PathLike, resolution: int | None = None) -> report.Scores:
+def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None = None) -> report.Scores:
     """Prints the table of scores and returns them."""
     if resolution is not None and resolution < 1:
         raise ConfigError(f"--resolution must be at least 1, got {resolution}.")
@@ -48,4 +47,4 @@ def find(checkpoint: epath.PathLike) -> tuple[epath.Path, int | None]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: evaluate(config_flag.value, _CHECKPOINT.value, _RESOLUTION.value), "checkpoint")
+    run_command(lambda: evaluate(config_flag.value, _CHECKPOINT.value, _RESOLUTION.value))

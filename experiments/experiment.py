@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from ml_collections import ConfigDict
 
 import ssm_jax
-from experiments.config import ConfigError, check, section
+from experiments.config import Config, ConfigError, check, section
 from ssm_jax.data.augment import Augment
 from ssm_jax.data.datasets import Dataset, load_dataset
 from ssm_jax.data.pipeline import eval_batches, train_batches
@@ -27,7 +26,7 @@ from ssm_jax.training.steps import Classification, TrainState, init_state, make_
 class Experiment:
     """The parts of a run, made by `build`. Arrays come into being in `init`, and steps compile when first called."""
 
-    config: ConfigDict
+    config: Config
     dataset: Dataset
     mesh: jax.sharding.Mesh
     create_model: Callable[[], nnx.Module]
@@ -127,7 +126,7 @@ class Experiment:
         return {name: float(value / count) for name, value in total.items()}, np.concatenate(logits)[: len(source)]
 
 
-def build(config: ConfigDict) -> Experiment:
+def build(config: Config) -> Experiment:
     """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
     check(config)
     with section(config, "data"):
@@ -153,11 +152,11 @@ def build(config: ConfigDict) -> Experiment:
     return Experiment(config, dataset, mesh, create, optimizer, schedule, total_steps)
 
 
-def _augment(config: ConfigDict) -> Augment:
+def _augment(config: Config) -> Augment:
     return Augment(crop_padding=config.data.crop_padding, flip=config.data.flip)
 
 
-def _model_constructor(config: ConfigDict, dataset: Dataset) -> Callable[[], nnx.Module]:
+def _model_constructor(config: Config, dataset: Dataset) -> Callable[[], nnx.Module]:
     arguments = config.model.to_dict()
     arguments |= {"num_classes": dataset.num_classes, "in_channels": dataset.channels, "dtype": jnp.dtype(config.dtype)}
     return lambda: ssm_jax.create_model(rngs=nnx.Rngs(config.seed), **arguments)

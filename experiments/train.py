@@ -11,21 +11,22 @@ import jax
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 
 from experiments import report
 from experiments.command import config_flag, run_command
-from experiments.config import claim_workdir
+from experiments.config import Config, claim_workdir
 from experiments.experiment import Experiment, build
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.loop import fit
 from ssm_jax.training.metrics import MetricWriter, ProgressBar
 from ssm_jax.training.steps import TrainState
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run; a run that is there is gone on with.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of the run; a run that is there is gone on with.", required=True
+)
 
 
-def train(config: ConfigDict, workdir: epath.PathLike) -> report.Scores:
+def train(config: Config, workdir: epath.PathLike) -> report.Scores:
     """Trains from the workdir's last checkpoint, if any, and scores the best checkpoint on the test images."""
     workdir = epath.Path(workdir).resolve()  # orbax wants an absolute path
     experiment = build(config)
@@ -36,7 +37,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> report.Scores:
         Checkpoints(workdir / "checkpoints", metric="val/accuracy") as checkpoints,
     ):
         _fit(experiment, workdir, checkpoints)
-        state, _ = checkpoints.restore(experiment.abstract_state, checkpoints.best)
+        best = checkpoints.best
+        assert best is not None, "every run ends with an evaluation"
+        state, _ = checkpoints.restore(experiment.abstract_state, best)
         return report.write(experiment, state, workdir)
 
 
@@ -87,4 +90,4 @@ def _fit(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints) 
 
 
 if __name__ == "__main__":
-    run_command(lambda: train(config_flag.value, _WORKDIR.value), "workdir")
+    run_command(lambda: train(config_flag.value, _WORKDIR.value))

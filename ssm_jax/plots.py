@@ -64,7 +64,7 @@ def kernel_sheet(kernels: np.ndarray, *, extent: float, title: str = "") -> Figu
 
 
 def prediction_sheet(
-    images: np.ndarray, labels: Sequence[int], predictions: Sequence[int], class_names: Sequence[str]
+    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]
 ) -> Figure:
     """A sheet of images (n, H, W, 1 or 3) uint8 under their predicted class; wrong ones in orange with the true one."""
     columns = min(8, len(images))
@@ -76,6 +76,6 @@ def prediction_sheet(
     for axes, image, label, prediction in zip(sheet.flat, images, labels, predictions, strict=False):
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         right = label == prediction
-        text = class_names[prediction] + ("" if right else f" (is {class_names[label]})")
+        text = class_names[prediction] if right else f"{class_names[prediction]} (is {class_names[label]})"
         axes.set_title(text, fontsize=8, color="black" if right else _ORANGE, fontweight="normal" if right else "bold")
     return figure

@@ -3,19 +3,15 @@
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import grain
 import numpy as np
 from etils import epath
 
-
-class Source(Protocol):
-    """Random access to examples: dicts with `image` (H, W, C) uint8 and `label`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+Source = Sequence[Mapping[str, Any]] | grain.sources.RandomAccessDataSource
+"""Random access to examples: dicts with `image` (H, W, C) uint8 and `label`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +47,7 @@ def digits(dir: str | None = None) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     del dir  # they come with scikit-learn
-    raw = load_digits()
+    raw: Any = load_digits()
     images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = raw.target.astype(np.int32)
     rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
@@ -86,7 +82,7 @@ def _tfds(name: str, dir: str | None, splits: Mapping[str, str]) -> dict[str, So
     if not versions:
         raise ValueError(
             f"dir holds no prepared {name}: looked for {folder}/VERSION/dataset_info.json. Set it to the folder that "
-            f"has {name}/ in it, the data_dir with which tfds.builder({name!r}, file_format='array_record') was prepared."
+            f"has {name}/ in it: the data_dir of tfds.builder({name!r}, data_dir=..., file_format='array_record')."
         )
     file_format = json.loads(versions[-1].read_text()).get("fileFormat", "tfrecord")
     if file_format != "array_record":

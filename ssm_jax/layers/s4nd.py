@@ -183,10 +183,10 @@ class S4ND(nnx.Module):
             S4DKernel(d_model, channels=channels, param_dtype=param_dtype, rngs=rngs, **kernel) for _ in range(dims)
         )
         self.D = nnx.Param(jax.random.normal(rngs.params(), (channels, d_model), param_dtype))
+        self.dropout = nnx.Dropout(dropout, broadcast_dims=tuple(range(1, dims + 1)))
         if linear_output:
-            self.dropout = self.output = None
+            self.output = None
         else:
-            self.dropout = nnx.Dropout(dropout, broadcast_dims=tuple(range(1, dims + 1)))
             self.output = linear(channels * d_model, 2 * d_model, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     def sample_kernels(

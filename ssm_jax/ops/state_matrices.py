@@ -80,7 +80,7 @@ _MAX_IMAG_B = 2.0
 def _nplr(measure: str) -> Callable[[int], StateMatrices]:
     def init(d_state: int) -> StateMatrices:
         W, B, P, _ = diagonalize(*hippo(measure, d_state))
-        B = B.real + 1j * np.clip(B.imag, -_MAX_IMAG_B, _MAX_IMAG_B)
+        B = np.real(B) + 1j * np.clip(np.imag(B), -_MAX_IMAG_B, _MAX_IMAG_B)
         return StateMatrices(W[None], B[None], P[:, None])
 
     return init
@@ -96,7 +96,7 @@ def _diagonal(modes: Callable[[np.ndarray, int], np.ndarray]):
 
 def _diag_legs(d_state: int) -> StateMatrices:
     legs = _nplr("legs")(d_state)
-    return legs._replace(A=-0.5 - 1j * np.abs(legs.A.imag))
+    return legs._replace(A=-0.5 - 1j * np.abs(np.imag(legs.A)))
 
 
 _INITS: dict[str, Callable[[int], StateMatrices]] = {

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -30,11 +29,12 @@ class Checkpoints:
         best = _policies.BestN(get_metric_fn=lambda m: m[metric], n=1, keep_checkpoints_without_metrics=False)
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
-            # The training loop decides when to save.
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(_KEEP_LAST), best]),
+            # The training loop decides when to save. (Orbax's own policies do not satisfy its protocols for pyright.)
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
+            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(_KEEP_LAST), best]),  # pyright: ignore
             cleanup_tmp_directories=True,
         )
+        self._pending = None
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -42,35 +42,43 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self._checkpointer.close()
 
+    def _committed(self) -> list[Any]:
+        """All checkpoints, once the save under way has ended: orbax lists it before it is there."""
+        if self._pending is not None:
+            self._pending.result()
+        return sorted(self._checkpointer.checkpoints, key=lambda checkpoint: checkpoint.step)
+
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, in order."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        """Steps of all checkpoints, in order. Waits for the last save."""
+        return [checkpoint.step for checkpoint in self._committed()]
 
     @property
     def last(self) -> int | None:
-        """Step of the newest checkpoint."""
+        """Step of the newest checkpoint. Waits for the last save."""
         return max(self.steps, default=None)
 
     @property
     def best(self) -> int | None:
-        """Step of the checkpoint with the largest metric, the latest of equals."""
-        scored = [(c.metrics[self._metric], c.step) for c in self._checkpointer.checkpoints if c.metrics]
+        """Step of the checkpoint with the largest metric, the latest of equals. Waits for the last save."""
+        scored = [(c.metrics[self._metric], c.step) for c in self._committed() if c.metrics]
         return max(scored)[1] if scored else None
 
-    def save(self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+    def save(self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
         """Starts to save `state` under its step; returns once it has been copied from the devices.
 
         `data_position` is the (JSON) state of the data iterator; `metrics` is given if the model was just evaluated.
         """
-        step = int(state.step)
-        self._checkpointer.save_async(step, vars(state), metrics=metrics, custom_metadata={"data": data_position})
+        position: Any = {"data": data_position}
+        self._pending = self._checkpointer.save_async(
+            int(state.step), vars(state), metrics=metrics, custom_metadata=position
+        )
 
     def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
         """Loads the state of `step` and its position in the data.
 
-        `abstract` has the shape, dtype and sharding of every array (`jax.ShapeDtypeStruct`), of which the sharding
-        may differ from what was saved. Raises CheckpointError if the step is missing or has other arrays.
+        `abstract` has the shape, dtype and sharding of every array (`jax.ShapeDtypeStruct`); the sharding may differ
+        from that of the saved one. Raises CheckpointError if the step is missing or has other arrays.
         """
         if step not in self.steps:
             raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has {self.steps}.")
@@ -81,12 +89,5 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint {self._directory / str(step)} does not fit this model: {error.__cause__ or error}"
             ) from error
-        metadata = self._checkpointer.metadata(step).custom_metadata
+        metadata: Any = self._checkpointer.metadata(step).custom_metadata
         return TrainState(**state), metadata["data"]
-
-
-def abstract_with_shardings(abstract: Any, shardings: Any) -> Any:
-    """What `Checkpoints.restore` takes, from shapes (`jax.eval_shape`) and shardings."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
-    )

@@ -53,7 +53,7 @@ def fit(
         evaluating = step % eval_every == 0 or step == total_steps
         saving = evaluating or step % checkpoint_every == 0
         if saving or step % log_every == 0:
-            means = _means(jax.device_get(window), last_step=step, last_checkpoint=checkpoints.last)
+            means = _means(jax.device_get(window), last_step=step, checkpoints=checkpoints)
             window.clear()
             rate = throughput.rate
             row = {f"train/{name}": value for name, value in means.items()}
@@ -74,10 +74,11 @@ def fit(
     return state
 
 
-def _means(window: list[dict[str, np.ndarray]], *, last_step: int, last_checkpoint: int | None) -> dict[str, float]:
+def _means(window: list[dict[str, Any]], *, last_step: int, checkpoints: Checkpoints) -> dict[str, float]:
     for step, metrics in enumerate(window, start=last_step - len(window) + 1):
         if not np.isfinite(metrics["loss"]):
-            kept = "no checkpoint was saved yet" if last_checkpoint is None else f"checkpoint {last_checkpoint} is kept"
+            last = checkpoints.last
+            kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is kept"
             raise NonFiniteLossError(
                 f"the loss is {metrics['loss']} at step {step}; {kept}. Try a lower config.optimizer.lr or "
                 "config.optimizer.ssm_lr, a longer config.optimizer.warmup_epochs, config.optimizer.clip_norm=1.0, or "

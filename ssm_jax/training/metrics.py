@@ -73,7 +73,7 @@ class ProgressBar:
             TextColumn("left"),
             disable=jax.process_index() != 0 or not sys.stdout.isatty(),
         )
-        unknown = {"loss": math.nan, "accuracy": math.nan, "images_per_second": math.nan}
+        unknown: dict[str, Any] = {"loss": math.nan, "accuracy": math.nan, "images_per_second": math.nan}
         self._task = self._progress.add_task("train", total=total_steps, completed=step, **unknown)
 
     def __enter__(self) -> "ProgressBar":
@@ -83,8 +83,9 @@ class ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def update(self, step: int, **fields: float) -> None:
-        """Moves the bar to `step`; fields are `loss`, `accuracy` and `images_per_second`."""
+    def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
+        """Moves the bar to `step`."""
+        fields: dict[str, Any] = {"loss": loss, "accuracy": accuracy, "images_per_second": images_per_second}
         self._progress.update(self._task, completed=step, **fields)
 
     def print(self, line: str) -> None:

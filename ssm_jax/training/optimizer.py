@@ -1,6 +1,6 @@
 """AdamW with one learning-rate schedule and named parameter groups."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import jax
@@ -65,6 +65,10 @@ def make_optimizer(
         schedule = warmup_cosine(peak, warmup_steps=warmup_steps, total_steps=total_steps, end=end_lr)
         return optax.adamw(schedule, b1, b2, eps, weight_decay=decay)
 
-    groups = {"decay": adamw(lr, weight_decay), "no_decay": adamw(lr, 0.0), "ssm": adamw(ssm_lr, 0.0)}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "decay": adamw(lr, weight_decay),
+        "no_decay": adamw(lr, 0.0),
+        "ssm": adamw(ssm_lr, 0.0),
+    }
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     return optax.chain(clip, optax.partition(groups, labels))

@@ -20,11 +20,11 @@ class TrainState:
     """All that training changes. `step` is also the position in the data, in batches, and the seed of dropout."""
 
     step: Int[Array, ""]
-    params: dict
-    rest: dict
+    params: Any
+    rest: Any
     """Variables that are not parameters, such as batch statistics."""
     opt_state: Any
-    ema: dict | None
+    ema: Any
     """Exponential moving average of `params`, or None."""
 
 
