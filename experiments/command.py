@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -43,17 +44,20 @@ def parse(argv: Sequence[str]) -> list[str]:
     """Parses flags; an unknown config field is answered with the nearest ones."""
     try:
         rest = flags.FLAGS(argv)
+        flatten(config_flag.value)  # raises OSError if the file was not found
         if flags.FLAGS["verbosity"].using_default_value:
             logging.set_verbosity(logging.WARNING)  # at INFO, absl's default, orbax tells a page for every checkpoint
         return rest
     except flags.Error as error:
         fail(str(error), status=2)
+    except OSError as error:
+        fail(f"--config: {error.__cause__ or error}", status=2)
     except (AttributeError, KeyError):  # what config_flags raises for an override of a field that is not there
-        overrides = [arg for arg in argv if arg.lstrip("-").startswith("config.")]
-        flags.FLAGS([arg for arg in argv if arg not in overrides])
+        overrides = {arg: found[1] for arg in argv if (found := re.match(r"--?(?:no)?config\.([^=]+)", arg))}
+        sys.argv = [arg for arg in argv if arg not in overrides]  # config_flags looks there for overrides
+        flags.FLAGS(sys.argv)
         fields = flatten(config_flag.value)
-        for override in overrides:
-            field = override.lstrip("-").removeprefix("config.").split("=")[0]
+        for field in overrides.values():
             if field not in fields:
                 leaf = field.rpartition(".")[2]
                 near = [f for f in fields if difflib.get_close_matches(leaf, [f.rpartition(".")[2]])]

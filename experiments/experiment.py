@@ -133,7 +133,7 @@ def build(config: Config) -> Experiment:
         dataset = load_dataset(config.data.name, config.data.dir or None)
         _augment(config)
     with section(config, "mesh"):
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh.to_dict())
     n_train, parts = len(dataset.splits["train"]), mesh.size * config.accumulate
     if config.batch_size % parts or config.batch_size > n_train:
         raise ConfigError(

@@ -225,7 +225,8 @@ class S4ND(nnx.Module):
             raise ValueError(
                 f"u must be (batch, {len(self.kernels)} axes, d_model={self.d_model}), not empty, got shape {u.shape}."
             )
-        x = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+        with jax.numpy_dtype_promotion("standard"):
+            x = u.astype(jnp.promote_types(u.dtype, jnp.float32))
         y = fft_conv(x, self.sample_kernels(u.shape[1:-1], rate=rate))
         y = y + jnp.expand_dims(self.D[...], range(u.ndim - 1)) * x[..., None, :]
         y = y.reshape(*u.shape[:-1], -1).astype(self.dtype or u.dtype)

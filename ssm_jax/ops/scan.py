@@ -21,8 +21,10 @@ def linear_recurrence(
 
     float16 and bfloat16 are computed and returned in float32: a state sums many small terms.
     """
-    dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+    with jax.numpy_dtype_promotion("standard"):
+        dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
     a, b = a.astype(dtype), b.astype(dtype)
+    axis = range(b.ndim)[axis]  # associative_scan(reverse=True) takes no negative axis
     if h0 is not None:
         first = -1 if reverse else 0
         where = [slice(None)] * b.ndim

@@ -137,7 +137,8 @@ def state_matrices(init: str, d_state: int, *, n_ssm: int = 1, key: jax.Array | 
         if key is None:
             raise ValueError("init='diag-rand' draws its frequencies: pass key.")
         lin = state_matrices("diag-lin", d_state, n_ssm=n_ssm)
-        return lin._replace(A=-0.5 - 1j * jnp.exp(jax.random.normal(key, lin.A.shape)))
+        frequencies = jnp.exp(jax.random.normal(key, lin.A.shape))
+        return lin._replace(A=jax.lax.complex(jnp.full_like(frequencies, -0.5), -frequencies))
     if names[0] not in _INITS:
         allowed = sorted([*_INITS, "diag-rand", "hippo"])
         near = difflib.get_close_matches(init, allowed, n=1)

@@ -10,7 +10,10 @@ _FLOOR = 1e-4
 
 
 class Transform(NamedTuple):
-    """A map onto (part of) the positive numbers and its inverse for values of at least 1e-4."""
+    """A map onto (part of) the positive numbers and its inverse for values of at least 1e-4.
+
+    As in S4, the inverse of relu is off by 1e-4: the exact one would start a value of 1e-4 where relu has no gradient.
+    """
 
     forward: Callable[[Any], Any]
     inverse: Callable[[Any], Any]
@@ -21,7 +24,7 @@ TRANSFORMS: dict[str, Transform] = {
     "exp": Transform(jnp.exp, jnp.log),
     "relu": Transform(lambda x: jax.nn.relu(x) + _FLOOR, lambda y: y),
     "sigmoid": Transform(jax.nn.sigmoid, lambda y: jnp.log(y) - jnp.log1p(-y)),
-    "softplus": Transform(jax.nn.softplus, lambda y: jnp.log(jnp.expm1(y))),
+    "softplus": Transform(jax.nn.softplus, lambda y: y + jnp.log(-jnp.expm1(-y))),
 }
 """The parametrisations of dt, -Re A and -Im A that S4 knows, by name."""
 

@@ -25,7 +25,7 @@ def make_mesh(shape: Mapping[str, int]) -> jax.sharding.Mesh:
         raise ValueError(f"unknown mesh axis {sorted(unknown)}; the axes are {', '.join(BATCH_AXES)}.")
     free = [axis for axis, size in sizes.items() if size == -1]
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if len(free) > 1 or fixed < 1 or n_devices % fixed:
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()) or n_devices % fixed:
         raise ValueError(
             f"mesh axes {sizes} do not fit {n_devices} devices: use positive sizes whose product divides "
             f"{n_devices}, and -1 for at most one axis."

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 Batch = dict[str, Any]
 Metrics = dict[str, Any]
@@ -17,9 +17,12 @@ Metrics = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes. `step` is also the position in the data, in batches, and the seed of dropout."""
+    """All that training changes, as arrays or, described, as shapes or shardings.
 
-    step: Int[Array, ""]
+    `step` is also the position in the data, in batches, and the seed of dropout.
+    """
+
+    step: Any
     params: Any
     rest: Any
     """Variables that are not parameters, such as batch statistics."""
@@ -123,7 +126,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
-        metrics |= {"grad_norm": optax.global_norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, rest, opt_state, ema), metrics
 
     return step

@@ -1,0 +1,74 @@
+"""Settings of all tests: 8 virtual devices, strict types, and the reference data of the project's developers."""
+
+import io
+import os
+from pathlib import Path
+
+# Before jax is imported: it reads them once.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of reference numbers and data that the developers have beside the project; users do not."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the developers' reference data in {folder}")
+    return folder
+
+
+@pytest.fixture
+def mesh():
+    """Eight devices that share the batch."""
+    from ssm_jax.training.sharding import make_mesh
+
+    mesh = make_mesh({"data": 8})
+    with jax.set_mesh(mesh):
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(tmp_path_factory) -> Path:
+    """A data folder with a CIFAR-10 of 60 training images (image i is all i, label i % 10) and 10 for testing."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    features = tfds.features.FeaturesDict(
+        {"image": tfds.features.Image(shape=(32, 32, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
+    )
+
+    def examples(count):
+        for i in range(count):
+            file = io.BytesIO()
+            Image.new("RGB", (32, 32), (i, i, i)).save(file, "png")
+            file.seek(0)
+            yield i, {"image": file, "label": i % 10}
+
+    with tfds.core.registered.skip_registration():
+
+        class Cifar10(tfds.core.GeneratorBasedBuilder):
+            name = "cifar10"
+            VERSION = tfds.core.Version("3.0.2")
+            pkg_dir_path = folder
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+            def _split_generators(self, dl_manager):
+                return {"train": examples(60), "test": examples(10)}
+
+            def _generate_examples(self):
+                raise NotImplementedError
+
+    Cifar10(data_dir=str(folder), file_format="array_record").download_and_prepare()
+    return folder

@@ -1,0 +1,73 @@
+import signal
+
+import pytest
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """Runs a command that is to be refused, and gives its message."""
+
+    def run(*arguments, workdir=True, **options):
+        workdir = [f"--workdir={tmp_path / 'run'}"] if workdir else []
+        done = command(tiny=False, **options).run(*workdir, *arguments)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        message = "".join(line for line in done.stderr.splitlines(keepends=True) if "TPU" not in line)
+        assert "Traceback" not in message
+        assert not (tmp_path / "run").exists()
+        return message[message.index("error: ") :]
+
+    return run
+
+
+def test_an_unknown_field_is_answered_with_a_near_one(refused):
+    message = refused("--config.model.mixer.d_stat=4")
+    assert message.startswith("error: config has no field 'model.mixer.d_stat'; did you mean ")
+    assert "config.model.mixer.d_state" in message
+
+
+def test_an_unknown_switch_is_answered_with_a_near_one(refused):
+    assert refused("--noconfig.data.flop").startswith(
+        "error: config has no field 'data.flop'; did you mean config.data.flip?"
+    )
+
+
+def test_an_outlandish_field_is_answered_with_all_fields(refused):
+    message = refused("--config.zzz", "4")
+    assert message.startswith("error: config has no field 'zzz'; did you mean one of accumulate, batch_size,")
+    assert "model.mixer.d_state" in message
+
+
+def test_a_value_of_the_wrong_type_is_refused(refused):
+    message = refused("--config.batch_size=many")
+    assert "--config.batch_size=many" in message
+
+
+def test_a_missing_workdir_is_refused(refused):
+    assert "--workdir must have a value" in refused(workdir=False)
+
+
+def test_a_missing_config_is_refused(refused):
+    assert "--config must have a value" in refused(config=None)
+
+
+def test_a_config_file_that_is_not_there_is_refused(refused):
+    assert "configs/s4nd/digit.py" in refused("--config.epochs=1", config="configs/s4nd/digit.py")
+
+
+def test_a_positional_argument_is_refused(refused):
+    assert refused("runs/digits").startswith("error: unexpected argument 'runs/digits': options are written --NAME=")
+
+
+def test_an_impossible_value_is_refused(refused):
+    assert refused("--config.model.mixer.d_state=5").startswith("error: config.model.mixer.d_state must be even")
+
+
+def test_an_interrupted_run_says_how_it_goes_on(command, tmp_path):
+    process = command().start(f"--workdir={tmp_path}", "--config.epochs=10000", "--config.eval.every_epochs=10000")
+    assert "steps of 256 images" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "error: stopped; the same command goes on from the last checkpoint." in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,105 @@
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.experiment import build
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CONFIGS = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").glob("*/*.py"))]
+CONFIGS = [path for path in CONFIGS if path.name != "__init__.py" and path.parent.name != "common"]
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+@pytest.fixture(scope="module")
+def experiment(tiny_config):
+    return build(tiny_config())
+
+
+def test_there_are_configs():
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_builds(path, cifar10_dir, monkeypatch):
+    config = load(path)
+    config.data.dir = str(cifar10_dir)
+    config.batch_size = min(config.batch_size, 50)  # there are but 54 images to train on
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    built = build(config)
+    assert built.total_steps == round(config.epochs * built.steps_per_epoch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(built.abstract_state.params)} == {np.dtype("float32")}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_every_config_tells_how_it_is_run(path):
+    source = (ROOT / path).read_text()
+    assert f"python -m experiments.train --config={path} --workdir=runs/" in source
+
+
+def test_lengths_are_given_in_epochs(tiny_config):
+    built = build(tiny_config(batch_size=64, epochs=2.5))
+    assert built.steps_per_epoch == 1257 // 64
+    assert built.total_steps == round(2.5 * (1257 // 64))
+    warm = 1257 // 64
+    assert float(built.schedule(warm)) == pytest.approx(0.01)
+    assert float(built.schedule(warm - 1)) < 0.01
+    assert float(built.schedule(built.total_steps)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_a_run_has_one_step_at_least(tiny_config):
+    assert build(tiny_config(**{"epochs": 0.01, "optimizer.warmup_epochs": 0.0})).total_steps == 1
+
+
+def test_steps_take_over_the_memory_of_their_state(experiment):
+    with jax.set_mesh(experiment.mesh):
+        state = experiment.init()
+        after, _ = experiment.train_step(state, experiment.put(next(experiment.train_batches())))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+def test_states_are_what_they_are_announced_to_be(experiment):
+    with jax.set_mesh(experiment.mesh):
+        state = experiment.init()
+    announced = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), experiment.abstract_state)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state) == announced
+
+
+@pytest.mark.parametrize("batch_size", [360, 256, 7])
+def test_evaluation_is_exact_for_any_batch_size(experiment, tiny_config, batch_size):
+    other = build(tiny_config(**{"eval.batch_size": batch_size}))
+    with jax.set_mesh(experiment.mesh):
+        state = experiment.init()
+        scores, logits = other.evaluate(state, "test", 8)
+    test = experiment.dataset.splits["test"]
+    labels = np.array([example["label"] for example in test])
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert logits.shape == (360, 10)
+    assert scores["accuracy"] == pytest.approx(np.mean(logits.argmax(-1) == labels), abs=1e-6)
+    assert scores["loss"] == pytest.approx(-log_p[np.arange(360), labels].mean(), rel=1e-5)
+
+
+def test_the_model_is_told_the_resolution_of_its_images(tiny_config, monkeypatch):
+    seen = []
+    experiment = build(tiny_config(**{"data.resolution": 4}))
+    model = type(experiment.abstract_model)
+    original = model.__call__
+
+    def spy(self, images, *, rate=1.0, rngs=None):
+        seen.append((images.shape[1:], rate))
+        return original(self, images, rate=rate, rngs=rngs)
+
+    monkeypatch.setattr(model, "__call__", spy)
+    batch = jax.eval_shape(experiment.put, next(experiment.train_batches()))
+    with jax.set_mesh(experiment.mesh):
+        jax.eval_shape(experiment.train_step, experiment.abstract_state, batch)
+    assert seen == [((4, 4, 1), 2.0)]
