@@ -92,7 +92,9 @@ class Experiment:
     @functools.cached_property
     def eval_step(self) -> Callable[[int], Callable[[TrainState, Any], tuple[dict[str, jax.Array], jax.Array]]]:
         """The jitted evaluation step by the resolution of the images."""
-        graphdef = nnx.graphdef(nnx.view(self.abstract_model, deterministic=True))
+        # A network may have no dropout, or no batch norm.
+        modes = {"deterministic": True, "use_running_average": True}
+        graphdef = nnx.graphdef(nnx.view(self.abstract_model, **modes, raise_if_not_found=False))
 
         @functools.cache
         def at(resolution: int):

@@ -94,7 +94,7 @@ def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> d
 
 
 def _two_sided(kernel: jax.Array) -> np.ndarray:
-    """A kernel's first channel, (heads, 2 length), from its most negative lag to its most positive."""
-    forward = np.asarray(kernel[0, 0])
-    backward = np.asarray(kernel[1, 0]) if kernel.shape[0] == 2 else np.zeros_like(forward)
+    """The first rank and channel of a kernel, (heads, 2 length), from its most negative lag to its most positive."""
+    forward = np.asarray(kernel[0, 0, 0])
+    backward = np.asarray(kernel[1, 0, 0]) if kernel.shape[0] == 2 else np.zeros_like(forward)
     return np.concatenate([backward[:, ::-1], forward], axis=1)

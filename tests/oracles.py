@@ -40,19 +40,45 @@ def impulse_response(A, B, C, dt, length, method):
     return recurrence(A, B, C, dt, impulse, method)
 
 
+def joined(A, B, P, dt):
+    """Abar (2n, 2n) and Bbar (2n,) of one system x' = M x + B u by trapezoids, M = diag(A) - sum_r P_r P_r^*.
+
+    The n modes are followed by their conjugates.
+    """
+    A, B, P = (np.concatenate([x, np.conj(x)], axis=-1) for x in (A, B, P))
+    M = np.diag(A) - P.T @ P.conj()
+    identity = np.eye(len(A))
+    return np.linalg.solve(identity - dt / 2 * M, identity + dt / 2 * M), np.linalg.solve(identity - dt / 2 * M, dt * B)
+
+
+def low_rank_impulse_response(A, B, C, P, dt, length):
+    """The kernels (k, h, length) of diagonal plus low-rank systems, P (r, h, n) and dt (h, 1), joined as above."""
+    k, h, n = C.shape
+    A, B = (np.broadcast_to(x, (h, n)) for x in (A, B))
+    P = np.broadcast_to(P, (len(P), h, n))
+    kernels = np.zeros((k, h, length))
+    for head in range(h):
+        Abar, x = joined(A[head], B[head], P[:, head], dt[head, 0])
+        read_outs = np.concatenate([C[:, head], C[:, head].conj()], axis=-1)
+        for lag in range(length):
+            kernels[:, head, lag] = (read_outs @ x).real
+            x = Abar @ x
+    return kernels
+
+
 def direct_convolution(u, kernels):
-    """Sums over all pairs of positions, with kernels looked up by lag."""
+    """Sums over all pairs of positions, with kernels looked up by lag, and averages over tensor rank."""
     taps = [
-        {(-1 - lag if direction else lag): kernel[direction, :, :, lag] for direction, lag in np.ndindex(*ends)}
+        {(-1 - lag if direction else lag): kernel[direction, ..., lag] for direction, lag in np.ndindex(*ends)}
         for kernel in kernels
         for ends in [(kernel.shape[0], kernel.shape[-1])]
     ]
-    y = np.zeros((*u.shape[:-1], *kernels[0].shape[1:3]))
+    y = np.zeros((*u.shape[:-1], *kernels[0].shape[2:4]))
     positions = list(np.ndindex(*u.shape[1:-1]))
     for t, s in itertools.product(positions, positions):
         lags = [t_a - s_a for t_a, s_a in zip(t, s, strict=True)]
         if all(lag in axis for lag, axis in zip(lags, taps, strict=True)):
-            weight = np.prod([axis[lag] for lag, axis in zip(lags, taps, strict=True)], axis=0)
+            weight = np.prod([axis[lag] for lag, axis in zip(lags, taps, strict=True)], axis=0).mean(axis=0)
             y[:, *t] += weight * u[:, *s][:, None]
     return y
 

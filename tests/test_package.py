@@ -95,6 +95,7 @@ def test_the_version_is_that_of_the_project():
     assert ssm_jax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
+@pytest.mark.slow
 def test_the_python_in_the_readme_runs(tmp_path):
     if not README.exists():
         pytest.skip("no README.md")

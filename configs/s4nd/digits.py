@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.epochs = 60.0
     config.optimizer.update(lr=1e-2, ssm_lr=1e-3, weight_decay=0.05, warmup_epochs=3.0)
-    config.eval.update(every_epochs=5.0, batch_size=180, resolutions=(4, 8, 16))
-    config.checkpoint_every_epochs = 5.0
+    config.eval.update(every_epochs=10.0, batch_size=180, resolutions=(4, 8, 16))
+    config.checkpoint_every_epochs = 10.0
     config.log_every_steps = 19
     return config

@@ -1,8 +1,11 @@
 """Pure functions on arrays: everything that the layers compute, usable from any JAX program."""
 
 from ssm_jax.ops.batch_local import batch_local as batch_local
-from ssm_jax.ops.conv import fft_conv as fft_conv
+from ssm_jax.ops.conv import conv as conv
 from ssm_jax.ops.discretize import discretize as discretize
+from ssm_jax.ops.dplr import dplr_discretize as dplr_discretize
+from ssm_jax.ops.dplr import dplr_kernel as dplr_kernel
+from ssm_jax.ops.dplr import truncate as truncate
 from ssm_jax.ops.kernel import bandlimit_mask as bandlimit_mask
 from ssm_jax.ops.kernel import s4d_kernel as s4d_kernel
 from ssm_jax.ops.kernel import vandermonde as vandermonde

@@ -1,5 +1,8 @@
 """Convolution kernels of diagonal state space models (S4D), along one axis."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,17 +11,38 @@ from jaxtyping import Array, Bool, Complex, Float
 from ssm_jax.ops.discretize import discretize
 
 
-def vandermonde(v: Complex[Array, "k h n"], log_x: Complex[Array, "h n"], length: int) -> Float[Array, "k h length"]:
+def vandermonde(v: Complex[Array, "k h n"], log_x: Complex[Array, "h n"], length: int) -> Float[Array, "k h {length}"]:
     """Sums a mode and its conjugate over powers: `2 Re sum_n v[k, h, n] x[h, n]^l` for l = 0 .. length-1.
 
-    Written in real arithmetic, as one matrix product of (Re v, Im v) with (Re x^l, -Im x^l), which a matrix unit
-    can do; it asks for full float32 products, as TPUs would otherwise multiply in bfloat16.
+    With l = a + m b it is a product of the matrices v x^(m b) and x^a, of about sqrt(k length) columns each: so many
+    exponentials instead of `length`, and no array of (h, n, length). The backward pass computes them again.
     """
-    powers = log_x[..., None] * jnp.arange(length)[None, None].astype(log_x.dtype)
-    decay = jnp.exp(powers.real)
-    basis = jnp.concatenate([decay * jnp.cos(powers.imag), -decay * jnp.sin(powers.imag)], axis=1)
-    weights = jnp.concatenate([v.real, v.imag], axis=-1)
-    return 2 * jnp.einsum("khn,hnl->khl", weights, basis, precision=jax.lax.Precision.HIGHEST)
+    k = v.shape[0]
+    inner = length if length <= _DIRECT else math.ceil(math.sqrt(k * length))
+    outer = -(-length // inner)
+    return jax.checkpoint(functools.partial(_vandermonde, inner=inner, outer=outer))(v, log_x)[..., :length]
+
+
+_DIRECT = 16  # up to this length one product is fastest (measured on CPU)
+
+
+def _vandermonde(v: Array, log_x: Array, *, inner: int, outer: int) -> Array:
+    k, h, _ = v.shape
+    if outer > 1:
+        v = v[:, None] * _powers(log_x, inner * np.arange(outer))[None]
+    basis = _powers(log_x, np.arange(inner))
+    # In real arithmetic it is one matrix product, which asks for full float32: TPUs default to bfloat16.
+    basis = jnp.concatenate([basis.real, -basis.imag], axis=-1)
+    weights = jnp.concatenate([v.real, v.imag], axis=-1).reshape(k, outer, h, -1)
+    product = jnp.einsum("kbhn,ahn->khba", weights, basis, precision=jax.lax.Precision.HIGHEST)
+    return 2 * product.reshape(k, h, outer * inner)
+
+
+def _powers(log_x: Array, exponents: np.ndarray) -> Array:
+    """Powers of x, (exponents, h, n)."""
+    z = log_x[None] * jnp.asarray(exponents, log_x.real.dtype)[:, None, None].astype(log_x.dtype)
+    decay = jnp.exp(z.real)
+    return jax.lax.complex(decay * jnp.cos(z.imag), decay * jnp.sin(z.imag))
 
 
 def s4d_kernel(

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from ssm_jax.ops.dtypes import at_least_float32
+
 
 def linear_recurrence(
     a: Inexact[Array, "*shape"],
@@ -22,7 +24,7 @@ def linear_recurrence(
     float16 and bfloat16 are computed and returned in float32: a state sums many small terms.
     """
     with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(jnp.result_type(a, b), jnp.float32)
+        dtype = at_least_float32(jnp.result_type(a, b))
     a, b = a.astype(dtype), b.astype(dtype)
     axis = range(b.ndim)[axis]  # associative_scan(reverse=True) takes no negative axis
     if h0 is not None:

@@ -17,13 +17,15 @@ import numpy as np
 class StateMatrices(NamedTuple):
     """Modes of `n_ssm` independent systems, x' = (diag(A) - sum_r P_r P_r^*) x + B u.
 
-    `A` (n_ssm, d_state/2) and `B` (n_ssm, d_state/2) are complex128; `P` (rank, n_ssm, d_state/2) is the low-rank
-    part, which the diagonal kernels (S4D) leave out.
+    `A` and `B` (n_ssm, d_state/2) are complex; `P` (rank, n_ssm, d_state/2) is the low-rank part, which the diagonal
+    kernels (S4D) leave out; `C` (n_ssm, d_state/2) reads out the first coordinate of the system before it was
+    diagonalised.
     """
 
     A: np.ndarray | jax.Array
     B: np.ndarray
-    P: np.ndarray
+    P: np.ndarray | jax.Array
+    C: np.ndarray
 
 
 def hippo(measure: str, d_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -79,17 +81,18 @@ _MAX_IMAG_B = 2.0
 
 def _nplr(measure: str) -> Callable[[int], StateMatrices]:
     def init(d_state: int) -> StateMatrices:
-        W, B, P, _ = diagonalize(*hippo(measure, d_state))
+        W, B, P, V = diagonalize(*hippo(measure, d_state))
         B = np.real(B) + 1j * np.clip(np.imag(B), -_MAX_IMAG_B, _MAX_IMAG_B)
-        return StateMatrices(W[None], B[None], P[:, None])
+        return StateMatrices(W[None], B[None], P[:, None], V[:1].conj())
 
     return init
 
 
-def _diagonal(modes: Callable[[np.ndarray, int], np.ndarray]):
+def _diagonal(modes: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[int], StateMatrices]:
     def init(d_state: int) -> StateMatrices:
-        A = modes(np.arange(d_state // 2), d_state).astype(np.complex128)
-        return StateMatrices(A[None], np.ones_like(A)[None], np.zeros_like(A)[None, None])
+        n = np.arange(d_state // 2)
+        A = modes(n, d_state).astype(np.complex128)[None]
+        return StateMatrices(A, np.ones_like(A), np.zeros_like(A)[None], (n == 0).astype(np.complex128)[None])
 
     return init
 
@@ -112,14 +115,21 @@ _INITS: dict[str, Callable[[int], StateMatrices]] = {
 }
 
 
-def state_matrices(init: str, d_state: int, *, n_ssm: int = 1, key: jax.Array | None = None) -> StateMatrices:
+_RANDOM = ("diag-rand", *(name.replace("diag", "dplr") for name in _INITS if name.startswith("diag-")))
+
+
+def state_matrices(
+    init: str, d_state: int, *, n_ssm: int = 1, rank: int | None = None, key: jax.Array | None = None
+) -> StateMatrices:
     """Builds the initial modes of `n_ssm` systems with `d_state` real states each.
 
-    `init` is one of `diag-lin`, `diag-inv`, `diag-inv2`, `diag-quad`, `diag-real`, `diag-legs` (S4D, section 4),
-    `diag-rand` (log-normal frequencies drawn from `key`, the only random one), `legs`, `legt`, `fourier` (the spectrum
-    of the HiPPO matrix), or `hippo`: the first half of the systems LegS, the second half Fourier.
+    `init` is one of `diag-lin`, `diag-inv`, `diag-inv2`, `diag-quad`, `diag-real`, `diag-legs` (S4D, section 4);
+    `diag-rand` (log-normal frequencies); `dplr-lin`, ... (the same A, and P complex normal); `legs`, `legt`, `fourier`
+    (HiPPO matrices); `hippo`: the first half of the systems LegS, the second half Fourier. Only `diag-rand` and
+    `dplr-*` draw from `key`. `rank` adds rows of zeros to `P` up to that number.
 
-    Raises ValueError for an odd `d_state`, an unknown `init`, or `hippo` with an odd `n_ssm`.
+    Raises ValueError for an odd `d_state`, an unknown `init`, `hippo` with an odd `n_ssm`, a `rank` below that of
+    `init`, or a missing `key`.
     """
     if d_state < 2 or d_state % 2:
         raise ValueError(
@@ -128,25 +138,33 @@ def state_matrices(init: str, d_state: int, *, n_ssm: int = 1, key: jax.Array | 
         )
     if n_ssm < 1:
         raise ValueError(f"n_ssm must be at least 1, got {n_ssm}.")
+    if init in _RANDOM:
+        if key is None:
+            raise ValueError(f"key must be given for init={init!r}, which draws from it.")
+        return _random(init, d_state, n_ssm, rank or 1, key)
     names = [init] * n_ssm
     if init == "hippo":
         if n_ssm % 2:
-            raise ValueError(f"init='hippo' is half LegS and half Fourier, so n_ssm must be even, got {n_ssm}.")
+            raise ValueError(f"n_ssm must be even for init='hippo', half LegS and half Fourier, got {n_ssm}.")
         names = ["legs"] * (n_ssm // 2) + ["fourier"] * (n_ssm // 2)
-    if init == "diag-rand":
-        if key is None:
-            raise ValueError("init='diag-rand' draws its frequencies: pass key.")
-        lin = state_matrices("diag-lin", d_state, n_ssm=n_ssm)
-        frequencies = jnp.exp(jax.random.normal(key, lin.A.shape))
-        return lin._replace(A=jax.lax.complex(jnp.full_like(frequencies, -0.5), -frequencies))
     if names[0] not in _INITS:
-        allowed = sorted([*_INITS, "diag-rand", "hippo"])
+        allowed = sorted([*_INITS, *_RANDOM, "hippo"])
         near = difflib.get_close_matches(init, allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"init must be one of {', '.join(allowed)}, got {init!r}.{hint}")
     systems = [_INITS[name](d_state) for name in names]
-    return StateMatrices(
-        A=np.concatenate([s.A for s in systems]),
-        B=np.concatenate([s.B for s in systems]),
-        P=np.concatenate([s.P for s in systems], axis=1),
-    )
+    joined = StateMatrices(*(np.concatenate(field, axis=-2) for field in zip(*systems, strict=True)))
+    missing = (rank or len(joined.P)) - len(joined.P)
+    if missing < 0:
+        raise ValueError(f"rank must be at least {len(joined.P)} for init={init!r}, got {rank}.")
+    return joined._replace(P=np.pad(joined.P, ((0, missing), (0, 0), (0, 0))))
+
+
+def _random(init: str, d_state: int, n_ssm: int, rank: int, key: jax.Array) -> StateMatrices:
+    if init == "diag-rand":
+        lin = state_matrices("diag-lin", d_state, n_ssm=n_ssm)
+        frequencies = jnp.exp(jax.random.normal(key, lin.A.shape))
+        return lin._replace(A=jax.lax.complex(jnp.full_like(frequencies, -0.5), -frequencies))
+    diagonal = state_matrices(init.replace("dplr", "diag"), d_state, n_ssm=n_ssm)
+    real, imag = jax.random.normal(key, (2, rank, n_ssm, d_state // 2)) * 0.5**0.5
+    return diagonal._replace(P=jax.lax.complex(real, imag))

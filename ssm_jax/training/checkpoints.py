@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
@@ -82,12 +83,24 @@ class Checkpoints:
         """
         if step not in self.steps:
             raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has {self.steps}.")
-        try:
-            state = self._checkpointer.load(step, vars(abstract))
-        except Exception as error:
-            # Orbax reports every failure as an unknown format; what went wrong is in the cause.
+        metadata: Any = self._checkpointer.metadata(step)
+        # Compared here, as orbax reports a misfit as an unknown format, and without naming the array.
+        saved, wanted = _shapes(metadata.metadata), _shapes(vars(abstract))
+        misfits = [
+            f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
+            for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (not name.startswith("params"), name))
+            if saved.get(name) != wanted.get(name)
+        ]
+        if misfits:
+            shown = "; ".join(misfits[:5]) + ("; ..." if len(misfits) > 5 else "")
             raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} does not fit this model: {error.__cause__ or error}"
-            ) from error
-        metadata: Any = self._checkpointer.metadata(step).custom_metadata
-        return TrainState(**state), metadata["data"]
+                f"checkpoint {self._directory / str(step)} does not fit this model in {len(misfits)} arrays: {shown}."
+            )
+        state: Any = self._checkpointer.load(step, vars(abstract))
+        return TrainState(**state), metadata.custom_metadata["data"]
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the arrays in a tree by their names, `params.norm.scale`; orbax writes integer keys as strings."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

@@ -12,7 +12,7 @@ from ssm_jax.training.steps import TrainState
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
+    """The loss or its gradient became NaN or infinite."""
 
 
 def fit(
@@ -37,7 +37,7 @@ def fit(
     Metrics are fetched from the devices every `log_every` steps and written as means since the last time. The model
     is evaluated and saved every `eval_every` steps and at the end, and also saved every `checkpoint_every` steps.
 
-    Raises NonFiniteLossError, before anything of it is saved, if a loss is NaN or infinite.
+    Raises NonFiniteLossError, before anything of it is saved, if a loss or the norm of its gradient is NaN or infinite.
     """
     start = int(state.step)
     window: list[dict[str, jax.Array]] = []
@@ -76,11 +76,12 @@ def fit(
 
 def _means(window: list[dict[str, Any]], *, last_step: int, checkpoints: Checkpoints) -> dict[str, float]:
     for step, metrics in enumerate(window, start=last_step - len(window) + 1):
-        if not np.isfinite(metrics["loss"]):
+        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics[name])]
+        if bad:
             last = checkpoints.last
             kept = "no checkpoint was saved yet" if last is None else f"the checkpoint of step {last} is kept"
             raise NonFiniteLossError(
-                f"the loss is {metrics['loss']} at step {step}; {kept}. Try a lower config.optimizer.lr or "
+                f"the {bad[0]} is {metrics[bad[0]]} at step {step}; {kept}. Try a lower config.optimizer.lr or "
                 "config.optimizer.ssm_lr, a longer config.optimizer.warmup_epochs, config.optimizer.clip_norm=1.0, or "
                 "config.dtype=float32, in a new --workdir."
             )

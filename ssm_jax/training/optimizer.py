@@ -7,7 +7,7 @@ import jax
 import optax
 from flax import nnx
 
-from ssm_jax.layers.s4nd import SSMParam
+from ssm_jax.layers.ssm_kernel import SSMParam
 
 
 def param_group(path: tuple, variable: nnx.Variable) -> str:

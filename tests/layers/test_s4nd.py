@@ -7,10 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 from modules import drawn, split
-from oracles import direct_convolution, gelu, impulse_response, sigmoid
+from oracles import direct_convolution, gelu, impulse_response, low_rank_impulse_response, sigmoid
 
-from ssm_jax.layers import S4ND, S4DKernel, SSMParam
+from ssm_jax.layers import S4ND
+from ssm_jax.layers.ssm_kernel import DPLRKernel, S4DKernel, SSMParam
 from ssm_jax.ops import state_matrices
+from ssm_jax.ops.conv import METHODS
 
 few = settings(max_examples=6, deadline=None, derandomize=True)
 
@@ -39,9 +41,15 @@ def kernel_oracle(kernel, length, rate):
     C = f64(kernel.C[0]) + 1j * f64(kernel.C[1])
     dt = np.exp(f64(kernel.inv_dt[...]))
     if kernel.bandlimit is not None:
-        C = C * (dt * np.abs(A.imag) / np.pi < kernel.bandlimit)
-    flat = impulse_response(A, B, C.reshape(-1, *C.shape[2:]), dt * rate, length, kernel.discretization)
-    return flat.reshape(*C.shape[:3], length)
+        step = dt * rate if kernel.bandlimit_grid == "current" else dt
+        C = C * (step * np.abs(A.imag) / np.pi < kernel.bandlimit)
+    flat = C.reshape(-1, *C.shape[3:])
+    if isinstance(kernel, DPLRKernel):
+        P = (f64(kernel.P[0]) + 1j * f64(kernel.P[1]))[:, head_to_set]
+        flat = low_rank_impulse_response(A, B, flat, P, dt * rate, length)
+    else:
+        flat = impulse_response(A, B, flat, dt * rate, length, kernel.discretization)
+    return flat.reshape(*C.shape[:4], length)
 
 
 def layer_oracle(layer, u, rates):
@@ -49,7 +57,8 @@ def layer_oracle(layer, u, rates):
         kernel_oracle(kernel, length if l_max is None else min(length, round(l_max / rate)), rate)
         for kernel, length, l_max, rate in zip(layer.kernels, u.shape[1:-1], layer.l_max, rates, strict=True)
     ]
-    y = direct_convolution(u, kernels) + f64(layer.D[...]) * u[..., None, :]
+    y = direct_convolution(u, kernels)
+    y = y.sum(-1) if layer.dense else y + f64(layer.D[...]) * u[..., None, :]
     y = y.reshape(*u.shape[:-1], -1)
     if layer.output is None:
         return y
@@ -68,6 +77,13 @@ def layer_oracle(layer, u, rates):
         ((6, 6), (2.0, 0.5), {"l_max": 5, "discretization": "bilinear", "bandlimit": 0.5, "d_state": 16}),
         ((3, 2, 4), (1.0, 1.0, 1.0), {"d_model": 4, "n_ssm": 4}),
         ((2, 3, 2, 3), (1.0, 2.0, 1.0, 0.5), {"bidirectional": False}),
+        ((4, 3), (1.0, 2.0), {"trank": 2, "channels": 2}),
+        ((4, 5), (1.0, 1.0), {"out_channels": 5}),
+        ((4, 5), (2.0, 0.5), {"out_channels": 2, "channels": 2, "trank": 2, "linear_output": True}),
+        ((5, 4), (1.0, 2.0), {"bandlimit": 0.5, "bandlimit_grid": "current", "d_state": 16}),
+        ((5, 4), (0.5, 2.0), {"mode": "dplr", "channels": 2, "bidirectional": False, "d_state": 2}),
+        ((4, 3), (1.0, 2.0), {"mode": "dplr", "rank": 2, "d_model": 4, "n_ssm": 2, "trank": 2, "d_state": 2}),
+        ((4, 3), (2.0, 2.0), {"mode": "dplr", "out_channels": 2, "bandlimit": 0.4, "bandlimit_grid": "current"}),
     ],
 )
 def test_layer_is_direct_convolution_then_gelu_and_glu(lengths, rates, arguments):
@@ -175,10 +191,20 @@ def test_masked_modes_get_no_gradient():
     cycles = np.exp(kernel.inv_dt[...]) * np.abs(kernel.A_imag[...]) / (2 * np.pi)
     kept = np.broadcast_to(cycles < 0.15, grads["C"].shape)
     np.testing.assert_array_equal(grads["C"] != 0, kept)
-    used = kept.any(axis=(0, 1, 2, 3))
+    used = kept.any(axis=(0, 1, 2, 3, 4))
     assert 0 < used.mean() < 1
     for gradient in (grads["A_real"][0], grads["A_imag"][0], *grads["B"][:, 0]):
         np.testing.assert_array_equal(gradient != 0, used)
+
+
+@pytest.mark.parametrize("rate", [0.5, 2.0])
+def test_bandlimit_of_the_current_grid_moves_with_the_rate(rate):
+    kernel = drawn(lambda: S4DKernel(3, d_state=32, bandlimit=0.3, bandlimit_grid="current", rngs=nnx.Rngs(0)))
+    expected = kernel_oracle(kernel, 6, rate)
+    assert not np.allclose(expected, kernel_oracle(limited(0.3), 6, rate))
+    np.testing.assert_allclose(
+        jax.jit(lambda: kernel(6, rate=rate))(), expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
 
 
 def test_infinite_bandlimit_is_none():
@@ -220,6 +246,32 @@ def test_skip_connection_starts_normal(wide):
     assert np.mean(D**4) == pytest.approx(3.0, abs=0.5)
 
 
+@pytest.mark.parametrize("mode", ["diag", "dplr"])
+def test_deterministic_start(mode):
+    """Steps at equal ratios, and the same read-out of the state's first coordinate everywhere."""
+    options = {"channels": 2, "deterministic": True, "d_state": 8, "n_ssm": 2, "init": "hippo"}
+    kernel = S4ND(6, mode=mode, **options, rngs=nnx.Rngs(0)).kernels[0]
+    np.testing.assert_allclose(np.exp(f64(kernel.inv_dt[...]))[:, 0], np.geomspace(0.1, 1.0, 6), rtol=1e-5)
+    first = state_matrices("hippo", 8, n_ssm=2).C
+    C = f64(kernel.C[0]) + 1j * f64(kernel.C[1])
+    np.testing.assert_allclose(C, np.broadcast_to(np.tile(first, (3, 1)), C.shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"channels": 2, "trank": 2, "mode": "dplr"}, {"out_channels": 2}], ids=str)
+def test_all_methods_of_convolution_agree(method, options):
+    u = draw(2, 4, 5, 3)
+    expected = call(small(2, conv="fft_nd", d_state=2, **options), u)
+    y = call(small(2, conv=method, d_state=2, **options), u)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * float(jnp.abs(expected).max()))
+
+
+def test_integers_are_rates():
+    layer, u = small(2), draw(2, 4, 5, 3)
+    np.testing.assert_array_equal(call(layer, u, rate=2), call(layer, u, rate=2.0))
+    np.testing.assert_array_equal(call(layer, u, rate=(1, 2)), call(layer, u, rate=(1.0, 2.0)))
+
+
 def test_output_map_starts_uniform_by_fan_in():
     output = started(lambda: S4ND(64, dims=1, channels=2, d_state=2, rngs=nnx.Rngs(0))).output
     bound = (2 * 64) ** -0.5
@@ -259,7 +311,9 @@ def test_dynamics_are_marked_for_their_own_learning_rate():
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_input_is_convolved_in_float32(dtype):
-    layer, exact = small(2, linear_output=True, dtype=dtype), small(2, linear_output=True)
+    layer, exact = small(2, linear_output=True, dtype=dtype, conv="fft_nd"), small(2, linear_output=True)
+    for module in (layer, exact):
+        module.D[...] = jnp.zeros_like(module.D[...])  # D u is of the dtype of u, and so is its sum
     u = draw(2, 4, 5, 3, dtype=dtype)
     y, expected = call(layer, u), call(exact, u.astype(jnp.float32))
     assert y.dtype == dtype
@@ -280,8 +334,9 @@ def test_parameters_are_float32_whatever_the_dtype():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype("float32")}
 
 
-def test_no_bfloat16_reaches_the_fft():
-    layer = small(2, dtype=jnp.bfloat16)
+@pytest.mark.parametrize("method", ["fft", "fft_nd"])
+def test_no_bfloat16_reaches_the_fft(method):
+    layer = small(2, dtype=jnp.bfloat16, conv=method)
     program = jax.jit(lambda u: layer(u)).lower(jnp.ones((2, 4, 5, 3), jnp.bfloat16)).as_text()
     ffts = [line for line in program.splitlines() if "stablehlo.fft" in line]
     assert ffts
@@ -342,9 +397,20 @@ def test_deterministic_view_has_no_dropout():
         ({"init": "diag_inv"}, "init must be one of .*Did you mean 'diag-inv'"),
         ({"init": "hippo", "n_ssm": 3}, "n_ssm must be even"),
         ({"dims": 0}, "dims must be at least 1, got 0"),
-        ({"l_max": 0}, "l_max must be positive, one for each of the 2 axes, got 0"),
-        ({"l_max": (8,)}, "l_max must be positive, one for each of the 2 axes, got "),
-        ({"l_max": (8, -1)}, "l_max must be positive"),
+        ({"l_max": 0}, "l_max must be at least 1, one number or one for each of 2 axes, got 0"),
+        ({"l_max": (8,)}, "l_max must be at least 1, one number or one for each of 2 axes, got "),
+        ({"l_max": (8, -1)}, "l_max must be at least 1.*-1"),
+        ({"mode": "dense"}, "mode must be 'diag' or 'dplr', got 'dense'"),
+        ({"conv": "direct"}, "conv must be one of auto, .*, got 'direct'"),
+        ({"out_channels": 0}, "out_channels must be at least 1, or None for d_model, got 0"),
+        ({"trank": 0}, "trank must be at least 1, got 0"),
+        ({"bandlimit_grid": "fine"}, "bandlimit_grid must be 'base' or 'current', got 'fine'"),
+        ({"deterministic": True, "dt_tie": False}, "deterministic.*dt_tie is False"),
+        ({"mode": "dplr", "dt_tie": False}, "dt_tie must be True"),
+        ({"mode": "dplr", "rank": 0}, "rank must be at least 1, got 0"),
+        ({"mode": "dplr", "init": "legt"}, "rank must be at least 2 for init='legt', got 1"),
+        ({"mode": "dplr", "l_kernel": -1}, "l_kernel must be at least 0.*-1"),
+        ({"mode": "dplr", "l_kernel": (8,)}, "l_kernel must be at least 0.*each of 2 axes"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, "dropout must be in"),
     ],

@@ -91,7 +91,7 @@ def test_mixer_arguments_reach_every_block():
         )
     )
     assert len(model.blocks) == 3
-    assert {block.mixer.kernels[axis].C.shape for block in model.blocks for axis in (0, 1)} == {(2, 2, 2, 4, 3)}
+    assert {block.mixer.kernels[axis].C.shape for block in model.blocks for axis in (0, 1)} == {(2, 2, 1, 2, 4, 3)}
 
 
 def test_blocks_start_different():

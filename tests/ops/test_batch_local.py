@@ -1,3 +1,5 @@
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,9 +8,9 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from modules import drawn, split
 
-import ssm_jax.ops.conv
 from ssm_jax import S4ND, create_model
-from ssm_jax.ops import batch_local, fft_conv
+from ssm_jax.ops import batch_local, conv
+from ssm_jax.ops.conv import _fft_nd as plain_fft
 from ssm_jax.training.sharding import batch_sharding, make_mesh, replicated
 
 MESHES = [{"data": 8}, {"data": 4, "fsdp": 2}, {"fsdp": 8}]
@@ -21,21 +23,21 @@ def any_mesh(request):
         yield mesh
 
 
-def loss(conv, u, kernels):
-    return jnp.sum(jnp.sin(conv(u, *kernels)))
+METHODS = ["auto", "fft", "fft_nd"]
+
+
+def loss(convolve, u, kernels):
+    return jnp.sum(jnp.sin(convolve(u, *kernels)))
 
 
 def fft(u, *kernels):
-    return fft_conv(u, kernels)
-
-
-plain_fft = ssm_jax.ops.conv._fft_conv
+    return conv(u, kernels, method="fft_nd")
 
 
 def inputs(batch=8):
     rng = np.random.default_rng(0)
     u = rng.normal(size=(batch, 5, 4, 3)).astype(np.float32)
-    return u, [rng.normal(size=(2, 1, 3, length)).astype(np.float32) for length in (5, 4)]
+    return u, [rng.normal(size=(2, 1, 1, 3, length)).astype(np.float32) for length in (5, 4)]
 
 
 def collectives(f, mesh, weights, x):
@@ -62,11 +64,13 @@ def test_output_stays_where_the_input_is(mesh):
     assert y.sharding.is_equivalent_to(batch_sharding(mesh), y.ndim)
 
 
-def test_convolution_communicates_only_gradients(any_mesh):
+@pytest.mark.parametrize("method", [*METHODS, "toeplitz", "dft"])
+def test_convolution_communicates_only_gradients(any_mesh, method):
     u, kernels = inputs()
-    backward = jax.grad(lambda kernels, u: loss(fft, u, kernels))
+    forward = lambda kernels, u: conv(u, kernels, method=method)  # noqa: E731
+    backward = jax.grad(lambda kernels, u: jnp.sum(jnp.sin(forward(kernels, u))))
     assert collectives(backward, any_mesh, kernels, u) == {"all-reduce"}
-    assert collectives(lambda kernels, u: fft(u, *kernels), any_mesh, kernels, u) == set()
+    assert collectives(forward, any_mesh, kernels, u) == set()
 
 
 def test_xla_alone_would_gather_the_batch(any_mesh):
@@ -82,33 +86,35 @@ def gradient(build):
     return jax.value_and_grad(lambda params, x: jnp.mean(jnp.sin(f(params, x)))), params
 
 
-def small_layer(dims):
-    return S4ND(4, dims=dims, d_state=4, rngs=nnx.Rngs(0))
+def small_layer(dims, method):
+    return S4ND(4, dims=dims, d_state=4, conv=method, rngs=nnx.Rngs(0))
 
 
-def small_network():
-    mixer = {"d_state": 4}
+def small_network(method):
+    mixer = {"d_state": 4, "conv": method}
     return create_model(
         "isotropic_s4nd", num_classes=3, d_model=4, n_layers=2, dropout=0.0, mixer=mixer, rngs=nnx.Rngs(0)
     )
 
 
 @pytest.mark.parametrize(("axes", "dims"), [({"data": 8}, 1), ({"data": 4, "fsdp": 2}, 2)], ids=str)
-def test_layer_communicates_only_gradients(axes, dims):
-    f, params = gradient(lambda: small_layer(dims))
+@pytest.mark.parametrize("method", METHODS)
+def test_layer_communicates_only_gradients(axes, dims, method):
+    f, params = gradient(lambda: small_layer(dims, method))
     with jax.set_mesh(mesh := make_mesh(axes)):
         assert collectives(f, mesh, params, jnp.ones((8, *(4, 3)[:dims], 4))) == {"all-reduce"}
 
 
 def test_layer_without_batch_local_would_gather(mesh, monkeypatch):
-    monkeypatch.setattr(ssm_jax.ops.conv, "batch_local", lambda fn: fn)
-    f, params = gradient(lambda: small_layer(2))
+    monkeypatch.setattr(sys.modules["ssm_jax.ops.conv"], "batch_local", lambda fn: fn)
+    f, params = gradient(lambda: small_layer(2, "fft_nd"))
     assert "all-gather" in collectives(f, mesh, params, jnp.ones((8, 4, 3, 4)))
 
 
 @pytest.mark.parametrize("axes", [{"data": 8}, {"data": 4, "fsdp": 2}], ids=str)
-def test_network_communicates_only_gradients(axes):
-    f, params = gradient(small_network)
+@pytest.mark.parametrize("method", METHODS)
+def test_network_communicates_only_gradients(axes, method):
+    f, params = gradient(lambda: small_network(method))
     with jax.set_mesh(mesh := make_mesh(axes)):
         assert collectives(f, mesh, params, jnp.ones((8, 4, 4, 3))) == {"all-reduce"}
 

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,3 +124,31 @@ def test_mask_is_per_head_because_steps_are():
 def test_infinite_bandlimit_keeps_all_modes():
     A, _, _, dt = system(6)
     assert bandlimit_mask(jnp.array(A, jnp.complex64), jnp.array(dt, jnp.float32), float("inf")).all()
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 100])
+def test_vandermonde_and_its_gradient_are_the_plain_sum(length):
+    def plain(v, log_x):
+        powers = jnp.exp(log_x[..., None] * jnp.arange(length, dtype=float))
+        return 2 * jnp.einsum("khn,hnl->khl", v, powers).real
+
+    rng = np.random.default_rng(7)
+    with jax.enable_x64(True):
+        v = jnp.array(rng.normal(size=(2, 3, 4)) + 1j * rng.normal(size=(2, 3, 4)))
+        log_x = jnp.array(-rng.uniform(0.01, 0.2, (3, 4)) - 1j * rng.uniform(0, 3, (3, 4)))
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            expected = jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(plain(v, x))), argnums=(0, 1))(v, log_x)
+        ours = jax.jit(jax.value_and_grad(lambda v, x: jnp.sum(jnp.sin(vandermonde(v, x, length))), argnums=(0, 1)))(
+            v, log_x
+        )
+    for result, theirs in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(result, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_vandermonde_keeps_no_array_of_modes_by_length():
+    h, n, length = 64, 32, 1024
+    shapes = (jax.ShapeDtypeStruct((1, h, n), jnp.complex64), jax.ShapeDtypeStruct((h, n), jnp.complex64))
+    backward = jax.grad(lambda v, x: jnp.sum(vandermonde(v, x, length) ** 2), argnums=(0, 1))
+    program = jax.jit(backward).lower(*shapes).compile().as_text()
+    sizes = [np.prod([int(d) for d in dims.split(",")]) for dims in re.findall(r"\b[fc]\d+\[([\d,]+)\]", program)]
+    assert h * length <= max(sizes) < h * n * length / 4

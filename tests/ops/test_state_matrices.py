@@ -177,8 +177,8 @@ def test_random_frequencies_are_those_of_the_key():
         ({"init": "legs", "d_state": 7}, "d_state must be even .* got 7; use 8"),
         ({"init": "legs", "d_state": 0}, "d_state must be even and at least 2.* use 2"),
         ({"init": "legs", "d_state": 8, "n_ssm": 0}, "n_ssm must be at least 1, got 0"),
-        ({"init": "hippo", "d_state": 8, "n_ssm": 3}, "n_ssm must be even, got 3"),
-        ({"init": "diag-rand", "d_state": 8}, "pass key"),
+        ({"init": "hippo", "d_state": 8, "n_ssm": 3}, "n_ssm must be even for init='hippo'.*, got 3"),
+        ({"init": "diag-rand", "d_state": 8}, "key must be given for init='diag-rand'"),
         (
             {"init": "diag_lin", "d_state": 8},
             "init must be one of .*diag-rand.*got 'diag_lin'. Did you mean 'diag-lin'",

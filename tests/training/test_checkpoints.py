@@ -11,7 +11,7 @@ from ssm_jax.training.steps import TrainState
 METRIC = "val/accuracy"
 
 BLOCK = "['blocks'][0]"
-KERNEL_SHAPES = {"A_imag": (1, 2), "A_real": (1, 2), "B": (2, 1, 2), "C": (2, 2, 1, 8, 2), "inv_dt": (8, 1)}
+KERNEL_SHAPES = {"A_imag": (1, 2), "A_real": (1, 2), "B": (2, 1, 2), "C": (2, 2, 1, 1, 8, 2), "inv_dt": (8, 1)}
 PARAMS = {
     f"{BLOCK}['mixer']['D']": (1, 8),
     **{f"{BLOCK}['mixer']['kernels'][{i}]['{name}']": shape for i in [0, 1] for name, shape in KERNEL_SHAPES.items()},
@@ -158,7 +158,7 @@ def test_a_missing_step_is_answered_with_those_there_are(checkpoints):
 def test_a_misfit_is_refused_with_the_reason(checkpoints, params, reason):
     checkpoints.save(small(1), {})
     state = TrainState(step=jnp.int32(1), params=params, rest={}, opt_state=small(1).opt_state, ema=None)
-    with pytest.raises(CheckpointError, match=r"(?s)does not fit this model: .*" + reason) as error:
+    with pytest.raises(CheckpointError, match="does not fit this model in .*" + reason) as error:
         checkpoints.restore(abstract_of(state), 1)
     assert "V0" not in str(error.value)
 
@@ -166,7 +166,7 @@ def test_a_misfit_is_refused_with_the_reason(checkpoints, params, reason):
 def test_another_width_is_refused(tiny, checkpoints):
     narrow, wide = tiny(), tiny(width=16)
     checkpoints.save(narrow.init(), {})
-    with pytest.raises(CheckpointError, match=r"does not fit this model: .*shape.*(8|16)"):
+    with pytest.raises(CheckpointError, match=r"params.blocks.0.mixer.D is \(1, 8\) there and \(1, 16\) here"):
         checkpoints.restore(wide.abstract_state, 0)
 
 

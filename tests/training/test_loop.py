@@ -19,9 +19,9 @@ def state_at(step):
 
 @jax.jit
 def train_step(state, batch):
-    """The "loss" of a batch is its content."""
+    """The "loss" of a batch is its content, and its gradient overflows float32 before it does."""
     state = TrainState(state.step + 1, {"w": state.params["w"] + batch}, state.rest, state.opt_state, state.ema)
-    return state, {"loss": batch, "accuracy": batch / 2}
+    return state, {"loss": batch, "accuracy": batch / 2, "grad_norm": batch * 10}
 
 
 class Recorded(Checkpoints):
@@ -181,6 +181,12 @@ def test_a_loss_that_is_not_finite_ends_training_at_its_step(tmp_path, loss, at)
 def test_the_first_of_several_bad_losses_is_named(tmp_path):
     with pytest.raises(NonFiniteLossError, match="the loss is nan at step 7;"):
         Trained(tmp_path, losses=[1.0] * 6 + [np.nan, np.inf, np.nan] + [1.0] * 3)
+
+
+def test_a_gradient_that_is_not_finite_ends_training_though_the_loss_is(tmp_path):
+    recorded = Recorded()
+    with pytest.raises(NonFiniteLossError, match="the grad_norm is inf at step 6; the checkpoint of step 5 is kept"):
+        Trained(tmp_path, losses=[1.0] * 5 + [1e38] * 7, checkpoints=recorded)
 
 
 def test_after_a_bad_loss_the_last_good_checkpoint_can_be_restored(tmp_path):

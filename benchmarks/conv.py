@@ -1,0 +1,67 @@
+r"""Which way of convolving is fastest, by the length of an axis: the table behind `ssm_jax.ops.conv.choose`.
+
+    python -m benchmarks.conv [--channels=128] [--elements=1000000] [--rounds=7]
+
+For each length it times the forward and backward pass of every method on one axis, interleaved, on the device that JAX
+finds, and prints medians as ratios to the fastest. On a shared machine read the ratios, not the times.
+"""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from ssm_jax.ops.conv import METHODS, choose, conv
+
+_CHANNELS = flags.DEFINE_integer("channels", 128, "Channels of the input.")
+_ELEMENTS = flags.DEFINE_integer("elements", 1_000_000, "Size of the input.")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each method.")
+_LENGTHS = flags.DEFINE_list("lengths", "7,14,28,56,96,128,196,256,512,1024", "Lengths of the axis.")
+_ALONG_AXIS = [method for method in METHODS if method not in ("auto", "fft_nd")]
+
+
+def step(method: str, u: jax.Array, kernel: jax.Array):
+    """A compiled forward and backward pass."""
+
+    def loss(u, kernel):
+        return jnp.sum(conv(u, [kernel], method=method) ** 2)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(u, kernel).compile()
+
+
+def measure(length: int) -> dict[str, float]:
+    """Median seconds by method."""
+    channels = _CHANNELS.value
+    batch = max(1, _ELEMENTS.value // (length * channels))
+    u = jax.random.normal(jax.random.key(0), (batch, length, channels))
+    kernel = jax.random.normal(jax.random.key(1), (2, 1, 1, channels, length)) / length
+    steps = {method: step(method, u, kernel) for method in _ALONG_AXIS}
+    times: dict[str, list[float]] = {method: [] for method in steps}
+    for _ in range(_ROUNDS.value + 1):
+        for method, compiled in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(u, kernel))
+            times[method].append(time.perf_counter() - start)
+    return {method: float(np.median(seconds[1:])) for method, seconds in times.items()}  # the first warms up
+
+
+def main(_: list[str]) -> None:
+    """Prints the table."""
+    device = jax.devices()[0]
+    table = Table(title=f"forward and backward along one axis, relative to the fastest, on {device.device_kind}")
+    for column in ["length", *_ALONG_AXIS, "fastest, ms", "choose"]:
+        table.add_column(column, justify="right")
+    for length in map(int, _LENGTHS.value):
+        seconds = measure(length)
+        fastest = min(seconds.values())
+        ratios = [f"{seconds[method] / fastest:.2f}" for method in _ALONG_AXIS]
+        table.add_row(str(length), *ratios, f"{1e3 * fastest:.2f}", choose(length))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app.run(main)
