@@ -26,7 +26,8 @@ train: .venv/installed  ## trains the digits network (WORKDIR=runs/digits, ARGS=
 
 test: .venv/installed  ## all tests, and most of them once more in the tree mode that Flax NNX is moving to
 	$(VENV) -m pytest -n auto --dist worksteal $(ARGS)
-	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(VENV) -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
+	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(VENV) -m pytest -n auto --dist worksteal -m "not slow" \
+		tests/layers tests/models tests/training tests/experiments $(ARGS)
 
 check: .venv/installed  ## lint and types
 	$(VENV) -m ruff check .
