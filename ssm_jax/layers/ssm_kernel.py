@@ -194,10 +194,13 @@ class DPLRKernel(S4DKernel):
             **options: the others of `S4DKernel`, but for `discretization`.
 
         Raises:
-            ValueError: as `S4DKernel`, and for `dt_tie=False`, a `rank` below that of `init`, or a negative `l_kernel`.
+            ValueError: as `S4DKernel`, and for `dt_tie=False`, a `discretization`, a `rank` below that of `init`, or a
+                negative `l_kernel`.
         """
         if not options.get("dt_tie", True):
             raise ValueError("dt_tie must be True: a low-rank system has one step for all its modes.")
+        if "discretization" in options:
+            raise ValueError("discretization is bilinear for low-rank systems and cannot be given.")
         if rank < 1:
             raise ValueError(f"rank must be at least 1, got {rank}.")
         if l_kernel is not None and l_kernel < 0:

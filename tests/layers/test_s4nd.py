@@ -407,6 +407,7 @@ def test_deterministic_view_has_no_dropout():
         ({"bandlimit_grid": "fine"}, "bandlimit_grid must be 'base' or 'current', got 'fine'"),
         ({"deterministic": True, "dt_tie": False}, "deterministic.*dt_tie is False"),
         ({"mode": "dplr", "dt_tie": False}, "dt_tie must be True"),
+        ({"mode": "dplr", "discretization": "zoh"}, "discretization is bilinear for low-rank"),
         ({"mode": "dplr", "rank": 0}, "rank must be at least 1, got 0"),
         ({"mode": "dplr", "init": "legt"}, "rank must be at least 2 for init='legt', got 1"),
         ({"mode": "dplr", "l_kernel": -1}, "l_kernel must be at least 0.*-1"),
