@@ -32,7 +32,7 @@ test: .venv/installed  ## all tests, and most of them once more in the tree mode
 check: .venv/installed  ## lint and types
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
-	$(VENV) -m pyright
+	$(VENV) -m pyright --pythonpath $(VENV)
 
 lock: .venv/installed  ## writes constraints.txt: exact versions of everything in pyproject.toml, for all Pythons
 	$(VENV) -m pip install -q uv
