@@ -46,8 +46,9 @@ clean:  ## removes the virtual environment and caches; runs/ stays
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with the venv module found; install one or \
+	@test -x $(VENV) || test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with the venv module found; install one or \
 	give PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	test -x $(VENV) || $(PYTHON) -m venv .venv
+	@echo "installing into .venv, a few minutes the first time"
 	$(VENV) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	touch $@

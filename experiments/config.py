@@ -86,13 +86,7 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
     path = workdir / "config.json"
     mine = json.loads(json.dumps(config.to_dict()))
     if path.exists():
-        theirs, ours = flatten(json.loads(path.read_text())), flatten(mine)
-        differences = [
-            f"  config.{field}: {theirs.get(field, 'absent')!r} there, {ours.get(field, 'absent')!r} now"
-            for field in sorted(theirs.keys() | ours.keys())
-            if theirs.get(field, "absent") != ours.get(field, "absent")
-        ]
-        if differences:
+        if differences := _differences(json.loads(path.read_text()), mine):
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another config:\n" + "\n".join(differences) + "\n"
                 "Use another --workdir, or that config to go on with it."
@@ -110,3 +104,27 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
     written = path.with_suffix(".tmp")
     written.write_text(json.dumps(mine, indent=2) + "\n")
     written.replace(path)
+
+
+def check_same_network(workdir: epath.Path, config: Config) -> None:
+    """Raises ConfigError if the run in `workdir` has another network or dataset than `config`."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    mine = json.loads(json.dumps(config.to_dict()))
+    differences = _differences(json.loads(path.read_text()), mine, within=("model.", "data.name", "ema_decay"))
+    if differences:
+        raise ConfigError(
+            f"{workdir} is a run of another network:\n" + "\n".join(differences) + "\n"
+            "Repeat the --config overrides of that run."
+        )
+
+
+def _differences(theirs: Config, ours: Config, *, within: tuple[str, ...] = ("",)) -> list[str]:
+    """A line for each field, of those that begin with one of `within`, that differs."""
+    there, here = flatten(theirs), flatten(ours)
+    return [
+        f"  config.{field}: {there.get(field, 'absent')!r} there, {here.get(field, 'absent')!r} now"
+        for field in sorted(there.keys() | here.keys())
+        if field.startswith(within) and there.get(field, "absent") != here.get(field, "absent")
+    ]

@@ -11,7 +11,7 @@ from etils import epath
 
 from experiments import report
 from experiments.command import config_flag, run_command
-from experiments.config import Config, ConfigError
+from experiments.config import Config, ConfigError, check_same_network
 from experiments.experiment import build
 from ssm_jax.training.checkpoints import CheckpointError, Checkpoints
 
@@ -26,6 +26,7 @@ def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None 
     experiment = build(config)
     resolutions = [resolution] if resolution else sorted({experiment.resolution, *config.eval.resolutions})
     folder, step = find(checkpoint)
+    check_same_network(folder.parent, config)
     with jax.set_mesh(experiment.mesh), Checkpoints(folder, metric="val/accuracy") as checkpoints:
         step = checkpoints.best if step is None else step
         if step is None:
@@ -33,7 +34,7 @@ def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None 
         state, _ = checkpoints.restore(experiment.abstract_state, step)
         scores = {r: experiment.evaluate(state, "test", r)[0] for r in resolutions}
     if jax.process_index() == 0:
-        report.print_table(experiment, scores, step=step)
+        report.print_table(experiment, scores, checkpoint=f"checkpoint of step {step}")
     return scores
 
 

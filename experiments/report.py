@@ -21,9 +21,10 @@ Scores = dict[int, dict[str, float]]
 """Loss and accuracy on the test images, by resolution."""
 
 
-def print_table(experiment: Experiment, scores: Scores, *, step: int) -> None:
-    """Prints the scores."""
-    table = Table(title=f"{experiment.config.model.name}, step {step}, {experiment.config.data.name} test images")
+def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> None:
+    """Prints the scores of a checkpoint, described in words."""
+    config = experiment.config
+    table = Table(title=f"{config.model.name} on the {config.data.name} test images, {checkpoint}")
     for column in ["resolution", "rate", "images", "loss", "accuracy"]:
         table.add_column(column, justify="right")
     for resolution, score in scores.items():
@@ -44,7 +45,7 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
         scores[resolution], logits[resolution] = experiment.evaluate(state, "test", resolution)
     if jax.process_index() == 0:
         step = int(state.step)
-        print_table(experiment, scores, step=step)
+        print_table(experiment, scores, checkpoint=f"best checkpoint by val/accuracy, step {step}")
         results = {"step": step, "test": scores, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
         (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         pictures = {
@@ -77,7 +78,10 @@ def _predictions(experiment: Experiment, logits: np.ndarray, *, count: int = 32)
     wrong = np.flatnonzero(predictions != labels)[: count // 2]
     shown = [*wrong, *np.setdiff1d(np.arange(len(test)), wrong)[: count - len(wrong)]]
     images = np.stack([test[int(i)]["image"] for i in shown])
-    return plots.prediction_sheet(images, labels[shown], predictions[shown], experiment.dataset.class_names)
+    title = f"{np.sum(predictions != labels)} of {len(labels)} test images are misclassified, shown first"
+    return plots.prediction_sheet(
+        images, labels[shown], predictions[shown], experiment.dataset.class_names, title=title
+    )
 
 
 def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> dict[str, Figure]:
@@ -89,7 +93,7 @@ def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> d
     extent = min(experiment.dataset.resolution, 16) / 2
     rows, columns = (_two_sided(kernel) for kernel in layer.sample_kernels([int(8 * extent)] * 2, rate=1 / 8))
     kernels = np.einsum("hi,hj->hij", rows, columns)[:count]
-    title = f"2-D kernels of the first S4ND layer, lags -{extent:g} to {extent:g} pixels"
+    title = f"2-D kernels of the first S4ND layer, lags -{extent:g} to {extent:g} pixels, each on its own scale"
     return {"kernels": plots.kernel_sheet(kernels, extent=extent, title=title)}
 
 

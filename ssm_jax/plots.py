@@ -64,7 +64,7 @@ def kernel_sheet(kernels: np.ndarray, *, extent: float, title: str = "") -> Figu
 
 
 def prediction_sheet(
-    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str]
+    images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str], *, title: str = ""
 ) -> Figure:
     """A sheet of images (n, H, W, 1 or 3) uint8 under their predicted class; wrong ones in orange with the true one."""
     columns = min(8, len(images))
@@ -78,4 +78,5 @@ def prediction_sheet(
         right = label == prediction
         text = class_names[prediction] if right else f"{class_names[prediction]} (is {class_names[label]})"
         axes.set_title(text, fontsize=8, color="black" if right else _ORANGE, fontweight="normal" if right else "bold")
+    figure.suptitle(title, fontsize=10)
     return figure

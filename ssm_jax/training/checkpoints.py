@@ -92,7 +92,7 @@ class Checkpoints:
             if saved.get(name) != wanted.get(name)
         ]
         if misfits:
-            shown = "; ".join(misfits[:5]) + ("; ..." if len(misfits) > 5 else "")
+            shown = "; ".join(misfits[:5]) + (f"; and {len(misfits) - 5} more" if len(misfits) > 5 else "")
             raise CheckpointError(
                 f"checkpoint {self._directory / str(step)} does not fit this model in {len(misfits)} arrays: {shown}."
             )

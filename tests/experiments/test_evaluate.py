@@ -26,7 +26,7 @@ def test_the_best_checkpoint_is_taken(finished, capsys):
     workdir, config, _ = finished
     evaluate(config, workdir)
     best = json.loads((workdir / "results.json").read_text())["step"]
-    assert f"isotropic_s4nd, step {best}, digits test images" in " ".join(capsys.readouterr().out.split())
+    assert f"isotropic_s4nd on the digits test images, checkpoint of step {best}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_one_checkpoint_can_be_named(finished, capsys):
@@ -35,7 +35,7 @@ def test_one_checkpoint_can_be_named(finished, capsys):
     best = json.loads((workdir / "results.json").read_text())["step"]
     assert by_step[best] == scores
     assert by_step[8] != by_step[12]
-    assert "step 8," in " ".join(capsys.readouterr().out.split())
+    assert "checkpoint of step 8 " in " ".join(capsys.readouterr().out.split())
 
 
 def test_any_resolution_can_be_named(finished):
@@ -73,7 +73,7 @@ def test_a_run_without_checkpoints_is_answered(tmp_path, tiny_config):
 
 def test_a_checkpoint_of_another_network_is_refused(finished, tiny_config):
     workdir, _, _ = finished
-    with pytest.raises(CheckpointError, match="does not fit this model"):
+    with pytest.raises(ConfigError, match=r"another network:\n  config.model.d_model: 8 there, 16 now\nRepeat"):
         evaluate(tiny_config(**{"model.d_model": 16}), workdir)
 
 
