@@ -26,7 +26,8 @@ def test_the_best_checkpoint_is_taken(finished, capsys):
     workdir, config, _ = finished
     evaluate(config, workdir)
     best = json.loads((workdir / "results.json").read_text())["step"]
-    assert f"isotropic_s4nd on the digits test images, checkpoint of step {best}" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"isotropic_s4nd on the digits test images, checkpoint of step {best}" in printed
 
 
 def test_one_checkpoint_can_be_named(finished, capsys):
