@@ -84,9 +84,8 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
     Raises ConfigError, and touches nothing, if it holds a run of another config or files of something else.
     """
     path = workdir / "config.json"
-    mine = json.loads(json.dumps(config.to_dict()))
     if path.exists():
-        if differences := _differences(json.loads(path.read_text()), mine):
+        if differences := _differences(path, config):
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another config:\n" + "\n".join(differences) + "\n"
                 "Use another --workdir, or that config to go on with it."
@@ -102,27 +101,24 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
         return
     workdir.mkdir(parents=True, exist_ok=True)
     written = path.with_suffix(".tmp")
-    written.write_text(json.dumps(mine, indent=2) + "\n")
+    written.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     written.replace(path)
 
 
 def check_same_network(workdir: epath.Path, config: Config) -> None:
     """Raises ConfigError if the run in `workdir` has another network or dataset than `config`."""
     path = workdir / "config.json"
-    if not path.exists():
-        return
-    mine = json.loads(json.dumps(config.to_dict()))
-    differences = _differences(json.loads(path.read_text()), mine, within=("model.", "data.name", "ema_decay"))
-    if differences:
+    if path.exists() and (differences := _differences(path, config, within=("model.", "data.name", "ema_decay"))):
         raise ConfigError(
             f"{workdir} is a run of another network:\n" + "\n".join(differences) + "\n"
             "Repeat the --config overrides of that run."
         )
 
 
-def _differences(theirs: Config, ours: Config, *, within: tuple[str, ...] = ("",)) -> list[str]:
-    """A line for each field, of those that begin with one of `within`, that differs."""
-    there, here = flatten(theirs), flatten(ours)
+def _differences(path: epath.Path, config: Config, *, within: tuple[str, ...] = ("",)) -> list[str]:
+    """A line for each field, of those that begin with one of `within`, in which `config` differs from that in a file."""
+    there = flatten(json.loads(path.read_text()))
+    here = flatten(json.loads(json.dumps(config.to_dict())))  # tuples become lists, as they did in the file
     return [
         f"  config.{field}: {there.get(field, 'absent')!r} there, {here.get(field, 'absent')!r} now"
         for field in sorted(there.keys() | here.keys())

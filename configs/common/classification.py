@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             "epochs": 1.0,
             "optimizer": {
                 "lr": 1e-3,
-                "ssm_lr": 1e-3,  # for dt, A and B of state spaces
+                "ssm_lr": 1e-3,  # for dt, A, B and P of state spaces
                 "weight_decay": 0.0,
                 "warmup_epochs": 0.0,
                 "end_lr": 0.0,

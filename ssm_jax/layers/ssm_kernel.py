@@ -226,8 +226,9 @@ class DPLRKernel(S4DKernel):
             C = self._limited(C, A, dt, rate)
         elif rate != 1 or self.bandlimit is not None:
             # S4's release holds C (I - Abar^l_kernel) fixed instead of C, and limits its band.
-            l_kernel = self.l_kernel or round(length * rate)
-            while l_kernel < round(length * rate):
+            needed = max(1, round(length * rate))
+            l_kernel = self.l_kernel or needed
+            while l_kernel < needed:
                 l_kernel *= 2
             C = self._limited(truncate(A, C, P, dt, l_kernel), A, dt, rate)
             C = truncate(A, C, P, dt * rate, round(l_kernel / rate), inverse=True)

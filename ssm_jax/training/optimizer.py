@@ -13,7 +13,7 @@ from ssm_jax.layers.ssm_kernel import SSMParam
 def param_group(path: tuple, variable: nnx.Variable) -> str:
     """Names the group of a parameter.
 
-    * `ssm`: dt, A, B of a state space (the type `SSMParam`): own learning rate, no weight decay.
+    * `ssm`: dt, A, B, P of a state space (the type `SSMParam`): own learning rate, no weight decay.
     * `no_decay`: biases and the scales of norms.
     * `decay`: everything else, C and D of a state space too (S4ND's recipe for CIFAR-10).
     """
