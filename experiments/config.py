@@ -116,7 +116,7 @@ def check_same_network(workdir: epath.Path, config: Config) -> None:
 
 
 def _differences(path: epath.Path, config: Config, *, within: tuple[str, ...] = ("",)) -> list[str]:
-    """A line for each field, of those that begin with one of `within`, in which `config` differs from that in a file."""
+    """A line for each field that begins with one of `within` and is another in `config` than in a file."""
     there = flatten(json.loads(path.read_text()))
     here = flatten(json.loads(json.dumps(config.to_dict())))  # tuples become lists, as they did in the file
     return [
