@@ -80,7 +80,7 @@ def direct_convolution(u, kernels):
         if all(lag in axis for lag, axis in zip(lags, taps, strict=True)):
             weight = np.prod([axis[lag] for lag, axis in zip(lags, taps, strict=True)], axis=0).mean(axis=0)
             y[:, *t] += weight * u[:, *s][:, None]
-    return y
+    return y.reshape(*u.shape[:-1], -1)
 
 
 def gelu(x):

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float
 from ssm_jax.layers.linear import linear
 from ssm_jax.layers.ssm_kernel import DPLRKernel, S4DKernel
 from ssm_jax.ops.conv import METHODS, conv
-from ssm_jax.ops.dtypes import at_least_float32
 
 _KERNELS = {"diag": S4DKernel, "dplr": DPLRKernel}
 
@@ -144,13 +143,10 @@ class S4ND(nnx.Module):
                 f"u must be (batch, {len(self.kernels)} axes, d_model={self.d_model}), not empty, got shape {u.shape}."
             )
         x = u.astype(self.dtype or u.dtype)
-        y = conv(x, self.sample_kernels(u.shape[1:-1], rate=rate), method=self.conv)
+        D = None if self.dense else self.D[...]
+        y = conv(x, self.sample_kernels(u.shape[1:-1], rate=rate), D, method=self.conv)
         if self.dense:
-            y = y.sum(-1)
-        else:
-            wide = at_least_float32(x.dtype)
-            skip = jnp.expand_dims(self.D[...], range(u.ndim - 1)).astype(wide) * x[..., None, :].astype(wide)
-            y = (y.astype(wide) + skip).astype(x.dtype).reshape(*u.shape[:-1], -1)
+            y = y.reshape(*u.shape[:-1], -1, self.d_model).sum(-1)
         if self.output is None:
             return y
         y = self.dropout(nnx.gelu(y, approximate=False), rngs=rngs)

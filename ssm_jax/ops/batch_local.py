@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes over which a batch is divided."""
@@ -22,7 +22,7 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
     Raises ValueError if the batch is not divisible by the devices it is divided over.
     """
 
-    def wrapped(x: Array, *weights: Array) -> Array:
+    def wrapped(x: Array, *weights: PyTree[Array]) -> Array:
         mesh = jax.sharding.get_abstract_mesh()
         axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
         n_shards = math.prod(mesh.shape[axis] for axis in axes)

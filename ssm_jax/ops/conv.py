@@ -4,6 +4,7 @@ Such a convolution is one 1-D convolution after the other, one along each axis. 
 Toeplitz matrix or a product of spectra; which is fastest depends on its length and on the hardware, see `choose`.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -21,27 +22,28 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 def conv(
     u: Float[Array, "batch *axes heads"],
     kernels: Sequence[Float[Array, "directions rank channels heads _"]],
+    D: Float[Array, "channels heads"] | None = None,
     *,
     method: str = "auto",
-) -> Float[Array, "batch *axes channels heads"]:
-    """Convolves each head with its N-D kernels, zero-padded, without wrap-around.
+) -> Float[Array, "batch *axes channels*heads"]:
+    """Convolves each head with its N-D kernels, zero-padded, without wrap-around, and adds `D` times the input.
 
-        y[b, t_1 .. t_D, c, h] = mean_r sum_s u[b, s_1 .. s_D, h] prod_a kappa_a[r, c, h, t_a - s_a]
+        y[b, t, (c h)] = mean_r sum_s u[b, s, h] prod_a kappa_a[r, c, h, t_a - s_a] + D[c, h] u[b, t, h],  t = t_1 .. t_D
 
     There is one entry of `kernels` per axis. Its first direction holds lags 0, 1, 2, ...; the second, if present,
     lags -1, -2, -3, ..., so that the two do not meet in lag 0. Lags that no pair of positions has are left out.
 
     `method` is one of
 
-    * `toeplitz`: a product with the matrix kappa[t - s] along each axis, in the dtype of `u` with float32 sums
+    * `toeplitz`: a product with the matrix kappa[t - s] along each axis, in the dtype of `u`
     * `dft`: a product of spectra along each axis, the Fourier transforms being products with matrices
     * `fft`: the same with fast Fourier transforms
     * `fft_nd`: one fast Fourier transform over all axes, each padded to twice its length: the reference
     * `auto`: what `choose` says, axis by axis
 
-    Spectra are float32, or float64 for float64 input. FFTs run on each device's own rows of the batch
-    (`batch_local`); the matrix products need no such care. Raises ValueError for an unknown method or another number
-    of kernels than axes.
+    Spectra and D u are float32, or float64 for float64 input; the result has the dtype of `u`. Each device computes its
+    own rows of the batch (`batch_local`). Raises ValueError for an unknown method or another number of kernels than
+    axes.
     """
     lengths = u.shape[1:-1]
     if method not in METHODS:
@@ -50,13 +52,19 @@ def conv(
         raise ValueError(f"kernels must have one entry per axis: got {len(kernels)} for u of shape {u.shape}.")
     kernels = [kernel[..., :length] for kernel, length in zip(kernels, lengths, strict=True)]
     if method == "fft_nd":
-        return batch_local(_fft_nd)(u, *kernels)
-    methods = [choose(length) if method == "auto" else method for length in lengths]
-
-    def separable(u: Array, *kernels: Array) -> Array:
-        return _separable(u, kernels, [_ALONG_AXIS[name] for name in methods])
-
-    return batch_local(separable)(u, *kernels) if "fft" in methods else separable(u, *kernels)
+        convolve = _fft_nd
+    else:
+        methods = [choose(length) if method == "auto" else method for length in lengths]
+        convolve = functools.partial(_separable, [_ALONG_AXIS[name] for name in methods])
+    y = batch_local(convolve)(u, kernels)
+    # Channels and heads are one axis from here on: around an axis of one channel XLA on CPU fuses badly (1.3 to 1.6
+    # times the time, with a GELU that follows).
+    y = y.reshape(*u.shape[:-1], -1)
+    if D is not None:
+        wide = at_least_float32(u.dtype)
+        D = D.reshape(*[1] * (u.ndim - 1), -1).astype(wide)
+        y = y.astype(wide) + D * jnp.tile(u, D.size // u.shape[-1]).astype(wide)
+    return y.astype(u.dtype)
 
 
 _FASTEST = {
@@ -76,57 +84,63 @@ def choose(length: int, backend: str | None = None) -> str:
     return next((method for method, longest in table if length <= longest), "fft")
 
 
-def _separable(u: Array, kernels: Sequence[Array], along_axis: Sequence[Callable[[Array, Array], Array]]) -> Array:
-    """Applies the kernels axis by axis to matrices (groups, positions, rest), groups = rank x channels x heads."""
-    rank, channels, heads = kernels[0].shape[1:4]
-    y = jnp.moveaxis(u, -1, 0)
-    # From the first axis on, every rank and channel has a kernel of its own.
-    y = jnp.broadcast_to(y, (rank * channels, *y.shape)).reshape(-1, *y.shape[1:])
-    for axis, (kernel, apply) in enumerate(zip(kernels, along_axis, strict=True), start=2):
-        moved = jnp.moveaxis(y, axis, 1)
-        result = apply(moved.reshape(*moved.shape[:2], -1), kernel.reshape(kernel.shape[0], -1, kernel.shape[-1]))
-        y = jnp.moveaxis(result.reshape(moved.shape), 1, axis)
-    y = y.reshape(rank, channels, heads, *y.shape[1:]).mean(0)
-    return jnp.moveaxis(y, (0, 1), (-2, -1))
+def _separable(along_axis: Sequence[Callable[..., Array]], u: Array, kernels: Sequence[Array]) -> Array:
+    """Applies the kernels axis by axis to matrices, with two batch dimensions (rank x channels, heads).
+
+    The first axis is the matrices' rows, which costs no transposition; each of the others becomes their columns, the
+    last of them where it already is.
+    """
+    _, rank, channels, heads, _ = kernels[0].shape
+    kernels = [kernel.reshape(kernel.shape[0], rank * channels, heads, -1) for kernel in kernels]
+    y = jnp.moveaxis(u, (-1, 1), (0, 1))[None]  # (1, heads, L_1, batch, L_2 .. L_D)
+    axes = y.shape[1:]
+    for apply, kernel in zip(along_axis[1:], kernels[1:], strict=True):
+        y = jnp.moveaxis(y, 4, -1)
+        y = apply(y.reshape(*y.shape[:2], -1, y.shape[-1]), kernel, -1).reshape(-1, *y.shape[1:]).astype(u.dtype)
+    y = along_axis[0](y.reshape(*y.shape[:3], -1), kernels[0], -2)
+    y = y.reshape(rank, channels, *axes)
+    return jnp.moveaxis(sum(y[1:], start=y[0]) / rank, (2, 0, 1), (1, -2, -1))
 
 
-def _toeplitz(y: Array, kernel: Array) -> Array:
-    """Multiplies (groups, length, rest) by kappa[t - s], with kernel (directions, groups, lags)."""
-    groups, length, _ = y.shape
+def _toeplitz(y: Array, kernel: Array, axis: int) -> Array:
+    """Multiplies (k or 1, heads, rows, columns) by kappa[t - s] along `axis`; kernel is (directions, k, heads, lags)."""
+    length = y.shape[axis]
     # Lags length-1 .. -length, the first row of the matrix turned round. Row t is that shifted by t: laid out again
     # and again and cut into rows one element shorter, each row starts one earlier. No gather is needed.
     circle = jnp.flip(jnp.roll(_circular(kernel, 2 * length), length, -1), -1)
-    rows = jnp.tile(circle, (1, length))[:, : length * (2 * length - 1)].reshape(groups, length, 2 * length - 1)
-    matrix = rows[:, :, length - 1 :].astype(y.dtype)
-    product = jax.lax.dot_general(
-        matrix, y, (((2,), (1,)), ((0,), (0,))), precision=_HIGHEST, preferred_element_type=at_least_float32(y.dtype)
-    )
-    return product.astype(y.dtype)
+    rows = jnp.tile(circle, length)[..., : length * (2 * length - 1)].reshape(*circle.shape[:2], length, -1)
+    return _product(rows[..., length - 1 :].astype(y.dtype), y, axis)
 
 
-def _dft(y: Array, kernel: Array) -> Array:
-    """Like `_toeplitz`, by spectra: the transforms are matrix products shared by all groups, in real arithmetic."""
-    dtype, length = at_least_float32(y.dtype), y.shape[1]
+def _dft(y: Array, kernel: Array, axis: int) -> Array:
+    """Like `_toeplitz`, by spectra: the transforms are matrix products shared by all heads, in real arithmetic."""
+    dtype, length = at_least_float32(y.dtype), y.shape[axis]
     size = length + kernel.shape[-1]
     angle = 2 * np.pi / size * (np.outer(np.arange(size // 2 + 1), np.arange(size)) % size)
-    cos, sin = np.cos(angle), np.sin(angle)
     # irfft as a product: all frequencies but 0 and size / 2 stand for themselves and their conjugates.
     weight = np.where((np.arange(size // 2 + 1) == 0) | (2 * np.arange(size // 2 + 1) == size), 1, 2) / size
-    forward = jnp.asarray(np.stack([cos, -sin]), dtype)
-    inverse = jnp.asarray(np.stack([cos, -sin]) * weight[:, None], dtype)[:, :, :length]
-    y_re, y_im = jnp.einsum("pfs,gsr->pgfr", forward[:, :, :length], y.astype(dtype), precision=_HIGHEST)
-    k_re, k_im = jnp.einsum("pfs,gs->pgf", forward, _circular(kernel, size), precision=_HIGHEST)[..., None]
-    product = jnp.stack([y_re * k_re - y_im * k_im, y_re * k_im + y_im * k_re])
-    return jnp.einsum("pft,pgfr->gtr", inverse, product, precision=_HIGHEST).astype(y.dtype)
+    cos, sin = jnp.asarray(np.cos(angle), dtype), jnp.asarray(-np.sin(angle), dtype)
+    y_re, y_im = (_product(part[:, :length], y.astype(dtype), axis) for part in (cos, sin))
+    circle = _circular(kernel, size)
+    k_re, k_im = (jnp.expand_dims(_product(part, circle, -1), -3 - axis) for part in (cos, sin))
+    back = [(part * jnp.asarray(weight, dtype)[:, None])[:, :length].T for part in (cos, sin)]
+    re, im = y_re * k_re - y_im * k_im, y_re * k_im + y_im * k_re
+    return _product(back[0], re, axis) + _product(back[1], im, axis)
 
 
-def _fft(y: Array, kernel: Array) -> Array:
+def _fft(y: Array, kernel: Array, axis: int) -> Array:
     """Like `_toeplitz`, by spectra."""
-    length = y.shape[1]
+    length = y.shape[axis]
     size = length + kernel.shape[-1]
-    x = jnp.swapaxes(y, 1, 2).astype(at_least_float32(y.dtype))
-    product = jnp.fft.rfft(x, size) * jnp.fft.rfft(_circular(kernel, size))[:, None]
-    return jnp.swapaxes(jnp.fft.irfft(product, size)[..., :length], 1, 2).astype(y.dtype)
+    spectrum = jnp.expand_dims(jnp.fft.rfft(_circular(kernel, size)), -3 - axis)
+    product = jnp.fft.rfft(y.astype(at_least_float32(y.dtype)), size, axis) * spectrum
+    return jax.lax.slice_in_dim(jnp.fft.irfft(product, size, axis), 0, length, axis=axis)
+
+
+def _product(matrix: Array, y: Array, axis: int) -> Array:
+    """Multiplies along an axis of `y`, rows (-2) or columns (-1)."""
+    factors = (matrix, y) if axis == -2 else (y, jnp.swapaxes(matrix, -1, -2))
+    return jnp.matmul(*factors, precision=_HIGHEST)
 
 
 _ALONG_AXIS = {"toeplitz": _toeplitz, "dft": _dft, "fft": _fft}
@@ -134,7 +148,7 @@ METHODS = ("auto", *_ALONG_AXIS, "fft_nd")
 """What `conv` accepts as `method`."""
 
 
-def _fft_nd(u: Array, *kernels: Array) -> Array:
+def _fft_nd(u: Array, kernels: Sequence[Array]) -> Array:
     """All axes at once; the kernel's spectrum is the outer product of its factors'."""
     lengths = u.shape[1:-1]
     sizes = [length + kernel.shape[-1] for length, kernel in zip(lengths, kernels, strict=True)]
@@ -144,11 +158,11 @@ def _fft_nd(u: Array, *kernels: Array) -> Array:
         fft = jnp.fft.rfft if axis == -1 else jnp.fft.fft
         factors.append(jnp.expand_dims(fft(_circular(kernel, size)), [a for a in axes if a != axis]))
     spectrum = math.prod(factors[1:], start=factors[0]).mean(0)
-    x = jnp.moveaxis(u, -1, 1).astype(at_least_float32(u.dtype))
-    product = jnp.fft.rfftn(x, sizes, axes)[:, None] * spectrum[None]
+    x = jnp.moveaxis(u, -1, 0)[None]  # (1, heads, batch, L_1 .. L_D)
+    product = jnp.fft.rfftn(x.astype(at_least_float32(u.dtype)), sizes, axes) * jnp.expand_dims(spectrum, 2)
     y = jnp.fft.irfftn(product, sizes, axes)
     y = jax.lax.slice(y, [0] * y.ndim, [*y.shape[:3], *lengths])
-    return jnp.moveaxis(y, (1, 2), (-2, -1)).astype(u.dtype)
+    return jnp.moveaxis(y, (0, 1), (-2, -1))
 
 
 def _circular(kernel: Array, size: int) -> Array:

@@ -14,8 +14,8 @@ from ssm_jax.ops.discretize import discretize
 def vandermonde(v: Complex[Array, "k h n"], log_x: Complex[Array, "h n"], length: int) -> Float[Array, "k h {length}"]:
     """Sums a mode and its conjugate over powers: `2 Re sum_n v[k, h, n] x[h, n]^l` for l = 0 .. length-1.
 
-    With l = a + m b it is a product of the matrices v x^(m b) and x^a, of about sqrt(k length) columns each: so many
-    exponentials instead of `length`, and no array of (h, n, length). The backward pass computes them again.
+    With l = a + m b it is a product of the matrices v x^(m b) and x^a, of about sqrt(k length) columns each, and there
+    is no array of (h, n, length). The backward pass computes them again.
     """
     k = v.shape[0]
     inner = length if length <= _DIRECT else math.ceil(math.sqrt(k * length))
@@ -29,8 +29,8 @@ _DIRECT = 16  # up to this length one product is fastest (measured on CPU)
 def _vandermonde(v: Array, log_x: Array, *, inner: int, outer: int) -> Array:
     k, h, _ = v.shape
     if outer > 1:
-        v = v[:, None] * _powers(log_x, inner * np.arange(outer))[None]
-    basis = _powers(log_x, np.arange(inner))
+        v = v[:, None] * _powers(inner * log_x, outer)[None]
+    basis = _powers(log_x, inner)
     # In real arithmetic it is one matrix product, which asks for full float32: TPUs default to bfloat16.
     basis = jnp.concatenate([basis.real, -basis.imag], axis=-1)
     weights = jnp.concatenate([v.real, v.imag], axis=-1).reshape(k, outer, h, -1)
@@ -38,11 +38,12 @@ def _vandermonde(v: Array, log_x: Array, *, inner: int, outer: int) -> Array:
     return 2 * product.reshape(k, h, outer * inner)
 
 
-def _powers(log_x: Array, exponents: np.ndarray) -> Array:
-    """Powers of x, (exponents, h, n)."""
-    z = log_x[None] * jnp.asarray(exponents, log_x.real.dtype)[:, None, None].astype(log_x.dtype)
-    decay = jnp.exp(z.real)
-    return jax.lax.complex(decay * jnp.cos(z.imag), decay * jnp.sin(z.imag))
+def _powers(log_x: Array, count: int) -> Array:
+    """1, x, x^2, .., (count, h, n). Products are cheaper than exponentials, and as l log x grows, more exact."""
+    decay = jnp.exp(log_x.real)
+    x = jax.lax.complex(decay * jnp.cos(log_x.imag), decay * jnp.sin(log_x.imag))
+    unroll = 1 if jax.default_backend() == "cpu" else count  # one kernel launch instead of `count`
+    return jax.lax.scan(lambda power, _: (power * x, power), jnp.ones_like(x), length=count, unroll=unroll)[1]
 
 
 def s4d_kernel(

@@ -52,6 +52,14 @@ def test_every_method_is_the_direct_sum(lengths, kernel_lengths, directions):
     assert_direct(*draw(lengths, kernel_lengths, directions=directions, rank=2, channels=2))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_skip_is_added_for_every_channel(method):
+    u, kernels = draw((4, 5), (4, 3), channels=3)
+    D = np.random.default_rng(1).normal(size=(3, 2)).astype(np.float32)
+    expected = direct_convolution(u, kernels) + (D * u[..., None, :]).reshape(*u.shape[:-1], 6)
+    np.testing.assert_allclose(conv(u, kernels, D, method=method), expected, rtol=0, atol=1e-5)
+
+
 def test_float64_has_float64_precision():
     with jax.enable_x64(True):
         assert_direct(*draw((5, 4), (5, 3), dtype=np.float64))
@@ -73,7 +81,7 @@ def test_it_is_the_direct_sum_at_any_size(axes, directions, seed):
 def response_to_impulse(kernels, lengths, at):
     u = np.zeros((1, *lengths, 1), np.float32)
     u[0, *at] = 1.0
-    return np.asarray(conv(u, [np.array(k, np.float32)[:, None, None, None] for k in kernels]))[0, ..., 0, 0]
+    return np.asarray(conv(u, [np.array(k, np.float32)[:, None, None, None] for k in kernels]))[0, ..., 0]
 
 
 def test_two_sided_kernel_starts_at_lag_minus_one():
