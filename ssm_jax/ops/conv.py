@@ -28,7 +28,7 @@ def conv(
 ) -> Float[Array, "batch *axes channels*heads"]:
     """Convolves each head with its N-D kernels, zero-padded, without wrap-around, and adds `D` times the input.
 
-        y[b, t, (c h)] = mean_r sum_s u[b, s, h] prod_a kappa_a[r, c, h, t_a - s_a] + D[c, h] u[b, t, h],  t = t_1 .. t_D
+        y[b, t, (c h)] = mean_r sum_s u[b, s, h] prod_a kappa_a[r, c, h, t_a - s_a] + D[c, h] u[b, t, h], t = t_1 .. t_D
 
     There is one entry of `kernels` per axis. Its first direction holds lags 0, 1, 2, ...; the second, if present,
     lags -1, -2, -3, ..., so that the two do not meet in lag 0. Lags that no pair of positions has are left out.
@@ -103,7 +103,7 @@ def _separable(along_axis: Sequence[Callable[..., Array]], u: Array, kernels: Se
 
 
 def _toeplitz(y: Array, kernel: Array, axis: int) -> Array:
-    """Multiplies (k or 1, heads, rows, columns) by kappa[t - s] along `axis`; kernel is (directions, k, heads, lags)."""
+    """Multiplies (k or 1, heads, rows, columns) by kappa[t - s] along `axis`, kernel (directions, k, heads, lags)."""
     length = y.shape[axis]
     # Lags length-1 .. -length, the first row of the matrix turned round. Row t is that shifted by t: laid out again
     # and again and cut into rows one element shorter, each row starts one earlier. No gather is needed.
