@@ -91,14 +91,7 @@ def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> d
     if layer is None:
         return {}
     extent = min(experiment.dataset.resolution, 16) / 2
-    rows, columns = (_two_sided(kernel) for kernel in layer.sample_kernels([int(8 * extent)] * 2, rate=1 / 8))
-    kernels = np.einsum("hi,hj->hij", rows, columns)[:count]
+    axes = layer.sample_kernels([int(8 * extent)] * 2, rate=1 / 8)
+    kernels = plots.outer_products(*(axis[:, :, :1, :count] for axis in axes))
     title = f"2-D kernels of the first S4ND layer, lags -{extent:g} to {extent:g} pixels, each on its own scale"
     return {"kernels": plots.kernel_sheet(kernels, extent=extent, title=title)}
-
-
-def _two_sided(kernel: jax.Array) -> np.ndarray:
-    """The first rank and channel of a kernel, (heads, 2 length), from its most negative lag to its most positive."""
-    forward = np.asarray(kernel[0, 0, 0])
-    backward = np.asarray(kernel[1, 0, 0]) if kernel.shape[0] == 2 else np.zeros_like(forward)
-    return np.concatenate([backward[:, ::-1], forward], axis=1)

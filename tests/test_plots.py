@@ -1,11 +1,16 @@
 import io
+import re
 
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 from ssm_jax import plots
+from ssm_jax.layers import S4DKernel
+from ssm_jax.ops import conv
 
 ROWS = [
     {"step": 1, "train/loss": 2.0, "train/accuracy": 0.1, "images_per_second": 10.0},
@@ -19,6 +24,21 @@ def pixels(figure):
     figure.savefig(file, format="png", dpi=80)
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def random_kernels(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+
+
+def sampled(*rates, **options):
+    """Real kernels of one axis over 16 samples of the base grid, by rate."""
+    axis = S4DKernel(4, d_state=16, **options, rngs=nnx.Rngs(0))
+    return {rate: np.asarray(axis(round(16 / rate), rate=rate)) for rate in rates}
+
+
+def drawn(axes, label):
+    """x and y of all that has this label, or is drawn like it under no label of its own."""
+    return [line.get_data() for line in axes.lines if line.get_label().removeprefix("_") == label]
 
 
 def lines(axes):
@@ -68,6 +88,175 @@ def test_kernels_have_a_title_of_their_own_or_the_lags():
     assert plots.kernel_sheet(kernels, extent=2.0, title="mine").get_suptitle() == "mine"
 
 
+def test_a_2d_kernel_is_what_comes_out_for_an_impulse():
+    """With positions 0 .. 5 and the impulse at 3, position t has lag t - 3, so that lag 0 is at [3, 3]."""
+    rows, columns = random_kernels(2, 2, 3, 4, 3), random_kernels(2, 2, 3, 4, 3) ** 2
+    impulse = jnp.zeros((1, 6, 6, 4)).at[:, 3, 3].set(1)
+    response = conv(impulse, [jnp.asarray(rows), jnp.asarray(columns)], method="fft_nd")
+    expected = np.moveaxis(np.asarray(response[0]).reshape(6, 6, 12), -1, 0)
+    np.testing.assert_allclose(plots.outer_products(rows, columns), expected, atol=1e-5)
+
+
+def test_a_causal_2d_kernel_has_one_quadrant():
+    kernel = random_kernels(1, 1, 1, 2, 3)
+    (first, _) = plots.outer_products(kernel, kernel)
+    np.testing.assert_array_equal(first[3:, 3:], np.outer(kernel[0, 0, 0, 0], kernel[0, 0, 0, 0]))
+    assert np.count_nonzero(first) == 9
+
+
+@pytest.mark.parametrize("rate", [1, 0.25])
+def test_kernel_lines_are_the_kernels_both_ways_from_lag_zero(rate):
+    """Lag j lasts from j r to (j + 1) r: the first samples of both directions are half a step away from 0."""
+    kernel = random_kernels(2, 3, 2, 5, 8)
+    figure = plots.kernel_lines({rate: kernel}, features=(1, 7))
+    for axes, (channel, head) in zip(figure.axes, [(0, 1), (1, 2)], strict=True):
+        for direction, lags in enumerate([np.arange(8), -1 - np.arange(8)]):
+            x, y = drawn(axes, f"rate {rate}")[direction]
+            np.testing.assert_allclose(x, (lags + 0.5) * rate)
+            np.testing.assert_allclose(y, kernel[direction, :, channel, head].mean(0) / rate, rtol=1e-6)
+
+
+def test_a_causal_kernel_has_one_line():
+    (axes,) = plots.kernel_lines({1: random_kernels(1, 1, 1, 2, 8)}, features=(1,)).axes
+    assert len(drawn(axes, "rate 1")) == 1
+
+
+def test_the_finest_rate_is_a_line_and_the_others_are_dots():
+    kernel = random_kernels(2, 1, 1, 4, 8)
+    for axes in plots.kernel_lines({1: kernel, 0.125: kernel, 2: kernel}).axes:
+        styles = {line.get_label(): (line.get_linestyle(), line.get_marker()) for line in axes.lines}
+        assert styles["rate 0.125"] == ("-", "None")
+        assert {styles["rate 1"][0], styles["rate 2"][0]} == {"None"}
+        assert styles["rate 1"][1] != styles["rate 2"][1]
+
+
+@pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
+def test_the_dots_lie_on_the_line(discretization):
+    kernels = sampled(1 / 16, 1, bandlimit=0.1, discretization=discretization)
+    for axes in plots.kernel_lines(kernels).axes:
+        for (x, y), (x_dots, dots) in zip(drawn(axes, "rate 0.0625"), drawn(axes, "rate 1"), strict=True):
+            on_line = np.interp(np.abs(x_dots), np.abs(x), y)
+            np.testing.assert_allclose(dots, on_line, atol=0.02 * np.abs(y).max())
+
+
+def test_a_dot_is_the_mean_of_the_line_over_its_step():
+    """However fast the kernel changes: here all modes are in it, and the dots are far off the line."""
+    kernels = sampled(1 / 16, 1)
+    for axes in plots.kernel_lines(kernels).axes:
+        for (x, y), (x_dots, dots) in zip(drawn(axes, "rate 0.0625"), drawn(axes, "rate 1"), strict=True):
+            np.testing.assert_allclose(x.reshape(16, 16).mean(1), x_dots, rtol=1e-6)
+            np.testing.assert_allclose(y.reshape(16, 16).mean(1), dots, atol=1e-5)
+            assert np.abs(dots - np.interp(np.abs(x_dots), np.abs(x), y)).max() > 0.1 * np.abs(y).max()
+
+
+def test_a_step_response_is_the_running_sum_of_the_causal_kernel():
+    kernel = random_kernels(2, 3, 2, 5, 8)
+    (axes,) = plots.step_responses({0.5: kernel}, features=(7,)).axes
+    ((x, y),) = drawn(axes, "rate 0.5")
+    np.testing.assert_array_equal(x, 0.5 * np.arange(1, 9))
+    causal = kernel[0, :, 1, 2].mean(0)
+    np.testing.assert_allclose(y, [sum(causal[:count]) for count in range(1, 9)], rtol=1e-5)
+
+
+def test_all_rates_have_one_step_response():
+    for axes in plots.step_responses(sampled(1 / 16, 1, 2)).axes:
+        ((x, y),) = drawn(axes, "rate 0.0625")
+        for rate in (1, 2):
+            ((x_dots, dots),) = drawn(axes, f"rate {rate}")
+            at_the_end = slice(16 * rate - 1, None, 16 * rate)
+            np.testing.assert_array_equal(x[at_the_end], x_dots)
+            np.testing.assert_allclose(y[at_the_end], dots, atol=1e-5)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("rate", [0.5, 2])
+def test_a_spectrum_is_the_fourier_sum_over_all_lags(rate, directions):
+    kernel = random_kernels(directions, 3, 2, 5, 8)
+    (axes,) = plots.spectra({rate: kernel}, features=(7,)).axes
+    ((f, level),) = drawn(axes, "kernel")
+    assert (f[0], f[-1]) == (0, 0.5 / rate)
+    forward, backward = kernel[0, :, 1, 2].mean(0), kernel[-1, :, 1, 2].mean(0) * (directions - 1)
+    waves = np.exp(-2j * np.pi * rate * np.outer(f, np.arange(-8, 8)))
+    np.testing.assert_allclose(10 ** (level / 20), np.abs(waves @ [*backward[::-1], *forward]), rtol=1e-3, atol=1e-4)
+
+
+def test_spectra_have_a_row_for_each_feature_and_a_column_for_each_rate_from_coarse_to_fine():
+    kernel = random_kernels(2, 1, 1, 4, 8)
+    panels = plots.spectra({1: kernel, 0.5: kernel, 2: kernel}, features=(3, 0)).axes
+    assert [axes.get_title() for axes in panels] == ["rate 2", "rate 1", "rate 0.5", "", "", ""]
+    assert [re.findall(r"feature \d", axes.get_ylabel()) for axes in panels[::3]] == [["feature 3"], ["feature 0"]]
+    nyquist = [drawn(axes, "Nyquist frequency of the grid")[0][0] for axes in panels]
+    assert [list(x) for x in nyquist] == 2 * [[0.25, 0.25], [0.5, 0.5], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize(("grid", "edges"), [("base", [0.1, 0.1, 0.1]), ("current", [0.05, 0.1, 0.2])])
+def test_the_band_limit_is_a_fraction_of_the_nyquist_frequency_of_its_grid(grid, edges):
+    kernel, frequencies = random_kernels(2, 1, 2, 4, 8), np.array([[0.3, 0.4], [0.3, 0.4], [0, 0.07], [0.3, 0.4]])
+    kernels = {2: kernel, 1: kernel, 0.5: kernel}
+    figure = plots.spectra(kernels, bandlimit=0.2, bandlimit_grid=grid, frequencies=frequencies, features=(6,))
+    for axes, edge in zip(figure.axes, edges, strict=True):
+        ((x, _),) = drawn(axes, "band limit")
+        np.testing.assert_allclose(x, edge)
+        # Feature 6 is channel 1 of head 2, which has modes at 0 and 0.07.
+        kept, dropped = ([f for f in (0, 0.07) if (f < edge) == side] for side in (True, False))
+        assert [[*x] for x, _ in drawn(axes, "modes")] == [kept]
+        assert [[*x] for x, _ in drawn(axes, "modes dropped")] == [dropped] * bool(dropped)
+
+
+def test_the_ticks_that_a_spectrum_calls_dropped_are_the_modes_that_the_kernel_drops():
+    axis = S4DKernel(4, d_state=16, bandlimit=0.5, bandlimit_grid="current", rngs=nnx.Rngs(0))
+    A, _, C, dt = axis.continuous()
+    kernels = {rate: np.asarray(axis(8, rate=rate)) for rate in (2, 0.5)}
+    frequencies = dt * jnp.abs(A.imag) / (2 * np.pi)
+    panels = plots.spectra(kernels, bandlimit=0.5, bandlimit_grid="current", frequencies=frequencies).axes
+    for axes, (feature, rate) in zip(panels, [(0, 2), (0, 0.5), (1, 2), (1, 0.5)], strict=True):
+        left = np.count_nonzero(axis._limited(C, A, dt, rate)[0, feature])
+        assert 0 < left < 8
+        assert [len(x) for x, _ in drawn(axes, "modes")] == [left]
+        assert [len(x) for x, _ in drawn(axes, "modes dropped")] == [8 - left]
+
+
+def test_a_kernel_within_a_band_limit_has_one_spectrum_at_all_rates_and_one_of_all_modes_has_not():
+    limited, free = sampled(1, 1 / 16, bandlimit=0.2), sampled(1, 1 / 16)
+    panels = plots.spectra(limited, free, bandlimit=0.2, features=(3,)).axes
+
+    def off(label):
+        (f, coarse), (f_fine, fine) = (drawn(axes, label)[0] for axes in panels)
+        np.testing.assert_allclose(f, f_fine[: len(f)], rtol=1e-6)
+        coarse, fine = 10 ** (coarse / 20), 10 ** (fine / 20)
+        return np.abs(coarse - fine[: len(f)]).max() / fine.max()
+
+    assert off("within the band limit") < 0.05
+    assert off("all modes") > 0.2
+
+
+def test_a_kernel_without_modes_has_an_empty_spectrum():
+    (axes,) = plots.spectra({1: np.zeros((2, 1, 1, 1, 8))}, features=(0,)).axes
+    assert np.isneginf(drawn(axes, "kernel")[0][1]).all()
+
+
+@pytest.mark.parametrize("plot", [plots.kernel_lines, plots.step_responses, plots.spectra])
+def test_kernels_and_features_that_cannot_be_shown_are_refused(plot):
+    kernel = random_kernels(2, 1, 1, 2, 8)
+    with pytest.raises(ValueError, match=r"^kernels must be .* got shape \(2, 8\)\.$"):
+        plot({1: kernel[:, 0, 0, 0]}, features=(0,))
+    with pytest.raises(ValueError, match=r"^kernels must have at least one rate, got none\.$"):
+        plot({}, features=(0,))
+    for features in [(0, 2), (-1,), ()]:
+        with pytest.raises(
+            ValueError, match=rf"^features must be one or more of 0 \.\. 1, got {re.escape(str(features))}"
+        ):
+            plot({1: kernel}, features=features)
+
+
+def test_spectra_that_cannot_be_compared_are_refused():
+    kernel = random_kernels(2, 1, 1, 2, 8)
+    with pytest.raises(ValueError, match=r"^unlimited must have the rates of kernels, \[1, 2\], got \[1\]"):
+        plots.spectra({1: kernel, 2: kernel}, {1: kernel})
+    with pytest.raises(ValueError, match=r"^bandlimit_grid must be 'base' or 'current', got 'fine'"):
+        plots.spectra({1: kernel}, bandlimit_grid="fine")
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_predictions_are_shown_over_their_images(channels):
     images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, channels), np.uint8)
@@ -89,9 +278,20 @@ def test_predictions_are_shown_over_their_images(channels):
         lambda: plots.training_curves(ROWS),
         lambda: plots.accuracy_by_resolution({4: 0.5, 8: 0.9}, trained_at=8),
         lambda: plots.kernel_sheet(np.random.default_rng(0).normal(size=(9, 6, 6)), extent=3.0),
+        lambda: plots.kernel_lines({1: random_kernels(2, 1, 1, 4, 8), 0.5: random_kernels(2, 1, 1, 4, 16)}),
+        lambda: plots.step_responses({1: random_kernels(2, 1, 1, 4, 8)}),
+        lambda: plots.spectra({1: random_kernels(2, 1, 1, 4, 8)}, bandlimit=0.5, frequencies=np.full((4, 2), 0.1)),
         lambda: plots.prediction_sheet(np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int), np.zeros(2, int), ["a"]),
     ],
-    ids=["training_curves", "accuracy_by_resolution", "kernel_sheet", "prediction_sheet"],
+    ids=[
+        "training_curves",
+        "accuracy_by_resolution",
+        "kernel_sheet",
+        "kernel_lines",
+        "step_responses",
+        "spectra",
+        "prediction_sheet",
+    ],
 )
 def test_figures_can_be_drawn_without_a_display(figure):
     picture = pixels(figure())
