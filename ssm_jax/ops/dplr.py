@@ -84,23 +84,29 @@ def truncate(
 ) -> Complex[Array, "k h n"]:
     """Maps read-outs `C` to `C (I - Abar^length)`, those that S4's release trains ("C tilde"), or back if `inverse`.
 
-    The release needs them for its generating function truncated to `length` samples (S4, appendix C.3).
+    The release needs them for its generating function truncated to `length` samples (S4, appendix C.3). Where a mode
+    hardly decays, as Fourier's of frequency 0, I - Abar^length is about 1e-4. It is therefore summed up, I - Abar^(l+1)
+    = (I - Abar) + (I - Abar^l) Abar: float32 would keep 3 digits of a difference to I.
     """
     step, _ = dplr_discretize(A, jnp.zeros_like(A), P, dt)
+    z = (dt / 2).astype(A.dtype)
+    step = Step(step.decay, step.gain, step.probe)  # the transposed one, C -> C Abar
+    change = step._replace(decay=2 * z * A / (1 - z * A))  # C -> C (Abar - I), of the same form
+
+    def truncated(C: Array) -> Array:
+        once = -change(C)
+        return jax.lax.fori_loop(0, length, lambda _, x: once + step(x), jnp.zeros_like(C))
+
+    def real_columns(C: Array) -> Array:
+        return jnp.moveaxis(jnp.concatenate([C.real, -C.imag], axis=-1), 0, -1)
+
+    if not inverse:
+        return truncated(C)
     heads, n_modes = C.shape[1:]
-    units = jnp.asarray(np.concatenate([np.eye(n_modes), 1j * np.eye(n_modes)]), C.dtype)
+    units = jnp.asarray(np.concatenate([np.eye(n_modes), -1j * np.eye(n_modes)]), C.dtype)
     units = jnp.broadcast_to(units[:, None], (2 * n_modes, heads, n_modes))
-    # What the 2 n real unit states become, as real vectors: the columns of Abar^length.
-    columns = jax.lax.fori_loop(0, length, lambda _, x: step(x), units)
-    power = jnp.moveaxis(jnp.concatenate([columns.real, columns.imag], axis=-1), 0, -1)
-    matrix = jnp.eye(2 * n_modes, dtype=power.dtype)[None] - power
-    rows = jnp.moveaxis(jnp.concatenate([C.real, -C.imag], axis=-1), 0, 1)
-    if inverse:
-        rows = jnp.swapaxes(jnp.linalg.solve(jnp.swapaxes(matrix, 1, 2), jnp.swapaxes(rows, 1, 2)), 1, 2)
-    else:
-        rows = jnp.matmul(rows, matrix, precision=_HIGHEST)
-    rows = jnp.moveaxis(rows, 1, 0)
-    return jax.lax.complex(rows[..., :n_modes], -rows[..., n_modes:])
+    restored = jnp.moveaxis(jnp.linalg.solve(real_columns(truncated(units)), real_columns(C)), -1, 0)
+    return jax.lax.complex(restored[..., :n_modes], -restored[..., n_modes:])
 
 
 def _align(v: Array, x: Array) -> Array:

@@ -71,3 +71,20 @@ def test_float32_is_exact_for_fourier(length):
     with jax.enable_x64(True):
         expected = np.asarray(kernel(*(x.astype(complex) for x in (A, B, C, P)), dt.astype(float), length))
     np.testing.assert_allclose(single, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("length", [4, 32])
+def test_float32_restores_read_outs_of_a_mode_that_hardly_decays(length):
+    """By the difference of I and Abar^length they are off by 4e-4."""
+    start = state_matrices("fourier", 64)
+    rng = np.random.default_rng(0)
+    C = rng.normal(size=(2, 8, 32)) + 1j * rng.normal(size=(2, 8, 32))
+    A, P = (np.asarray(x, np.complex64) for x in (start.A - 1e-4 * (1 + 1j), start.P))
+    dt = np.geomspace(0.1, 1.0, 8, dtype=np.float32)[:, None]
+    with jax.enable_x64(True):
+        double = A.astype(complex), P.astype(complex), dt.astype(float)
+        truncated = np.asarray(jitted_truncate(double[0], C, *double[1:], length), np.complex64)
+        expected = jitted_truncate(double[0], truncated.astype(complex), *double[1:], length, inverse=True)
+    single = jitted_truncate(A, truncated, P, dt, length, inverse=True)
+    assert single.dtype == np.complex64
+    np.testing.assert_allclose(single, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
