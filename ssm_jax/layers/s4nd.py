@@ -1,17 +1,20 @@
 """S4ND: state space layers over any number of axes (Nguyen et al., NeurIPS 2022, arXiv:2210.06583)."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Complex, Float, Num
 
 from ssm_jax.layers.linear import linear
 from ssm_jax.layers.ssm_kernel import DPLRKernel, S4DKernel
 from ssm_jax.ops.conv import METHODS, conv
+from ssm_jax.ops.recurrence import Recurrence, recurrent_scan, recurrent_step
 
 _KERNELS = {"diag": S4DKernel, "dplr": DPLRKernel}
 
@@ -30,6 +33,15 @@ class S4ND(nnx.Module):
     layer = S4ND(64, dims=2, rngs=nnx.Rngs(0))
     y = layer(jnp.ones((8, 32, 32, 64)))                  # (8, 32, 32, 64)
     y = layer(jnp.ones((8, 16, 16, 64)), rate=2.0)        # the same functions on a grid half as fine
+    ```
+
+    A layer over one axis and in one direction is also a recurrence, whose state `scan` and `step` carry on: over a
+    sequence that comes in pieces, or position by position.
+
+    ```python
+    layer = S4ND(64, dims=1, bidirectional=False, rngs=nnx.Rngs(0))
+    state, y = layer.scan(layer.initial_state(8), jnp.ones((8, 100, 64)))  # y: (8, 100, 64)
+    state, y = layer.step(state, jnp.ones((8, 64)))                        # (8, 64): position 101
     ```
     """
 
@@ -109,19 +121,14 @@ class S4ND(nnx.Module):
         self, lengths: Sequence[int], *, rate: float | int | Sequence[float | int] = 1.0
     ) -> list[Float[Array, "directions trank channels d_model _"]]:
         """The kernel of each axis, as it is convolved with an input of `lengths` positions."""
-        rates = (rate,) * len(self.kernels) if isinstance(rate, int | float) else tuple(rate)
-        if len(rates) != len(self.kernels) or not all(0 < r < math.inf for r in rates):
-            raise ValueError(
-                f"rate must be positive, one number or one for each of {len(self.kernels)} axes, got {rate}."
-            )
         return [
             kernel(length if l_max is None else min(length, max(1, round(l_max / r))), rate=r)
-            for kernel, length, l_max, r in zip(self.kernels, lengths, self.l_max, rates, strict=True)
+            for kernel, length, l_max, r in zip(self.kernels, lengths, self.l_max, self._rates(rate), strict=True)
         ]
 
     def __call__(
         self,
-        u: Float[Array, "batch *axes d_model"],
+        u: Num[Array, "batch *axes d_model"],
         *,
         rate: float | int | Sequence[float | int] = 1.0,
         rngs: nnx.Rngs | None = None,
@@ -136,22 +143,103 @@ class S4ND(nnx.Module):
             rngs: source of the `dropout` stream, needed when training with dropout.
 
         Raises:
-            ValueError: for a wrong number of axes or features, or an impossible rate.
+            ValueError: for a wrong number of axes or features, integers, or an impossible rate.
         """
-        if u.ndim != len(self.kernels) + 2 or u.shape[-1] != self.d_model or 0 in u.shape:
+        x = self._input(u, len(self.kernels))
+        y = conv(x, self.sample_kernels(u.shape[1:-1], rate=rate), self._skip(), method=self.conv)
+        return self._mixed(y, rngs)
+
+    def initial_state(self, batch: int) -> Complex[Array, "{batch} d_model n"]:
+        """The state of `batch` sequences before their first position, zero: see `step`."""
+        B = self._recurrence(1.0).B
+        return jnp.zeros((batch, *B.shape), B.dtype)
+
+    def step(
+        self, state: Complex[Array, "batch d_model n"], u: Float[Array, "batch d_model"], *, rate: float | int = 1.0
+    ) -> tuple[Complex[Array, "batch d_model n"], Float[Array, "batch features"]]:
+        """Applies the layer to the next position of each sequence: the state after it, and its output.
+
+        That is what calling the layer on the whole sequences gives there, at any number of positions up to `l_max`:
+        the convolution's kernel ends then, and the state goes on. In evaluation: there is no dropout.
+
+        The step is discretised anew in each call. Within a `jax.lax.scan` over positions XLA does that once, before
+        the loop.
+
+        Args:
+            state: that after the previous position, or `initial_state`; complex64, or complex128 for float64
+                parameters, whatever the dtype of `u`.
+            u: input.
+            rate: as for `__call__`, the same at all positions.
+
+        Raises:
+            ValueError: for a layer over several axes or in both directions, or with kernels that depend on their
+                length (see `DPLRKernel.recurrence`); for a wrong `state`, `u` or `rate`.
+        """
+        return self._advance(recurrent_step, state, self._input(u, 0), rate)
+
+    def scan(
+        self,
+        state: Complex[Array, "batch d_model n"],
+        u: Float[Array, "batch length d_model"],
+        *,
+        rate: float | int = 1.0,
+        chunk: int = 64,
+    ) -> tuple[Complex[Array, "batch d_model n"], Float[Array, "batch length features"]]:
+        """Applies the layer to the next `length` positions: the state after them, and their outputs.
+
+        As `step`, but by matrix products for `chunk` positions at a time, in about the time and memory of the
+        convolution: see `ssm_jax.ops.recurrent_scan`.
+        """
+        return self._advance(functools.partial(recurrent_scan, chunk=chunk), state, self._input(u, 1), rate)
+
+    def _input(self, u: Array, axes: int) -> Array:
+        """`u` in the dtype of the layer, if it has so many axes between batch and features."""
+        if u.ndim != axes + 2 or u.shape[-1] != self.d_model or 0 in u.shape:
+            raise ValueError(f"u must be (batch, {axes} axes, d_model={self.d_model}), not empty, got shape {u.shape}.")
+        if not jnp.issubdtype(u.dtype, jnp.floating):
+            raise ValueError(f"u must be floating-point, got {u.dtype}; for images: u.astype(jnp.float32) / 255.")
+        return u.astype(self.dtype or u.dtype)
+
+    def _rates(self, rate: float | int | Sequence[float | int]) -> tuple[float | int, ...]:
+        """The rate of each axis."""
+        rates = (rate,) * len(self.kernels) if np.ndim(rate) == 0 else tuple(rate)
+        if len(rates) != len(self.kernels) or not all(0 < r < math.inf for r in rates):
             raise ValueError(
-                f"u must be (batch, {len(self.kernels)} axes, d_model={self.d_model}), not empty, got shape {u.shape}."
+                f"rate must be positive, one number or one for each of {len(self.kernels)} axes, got {rate}."
             )
-        x = u.astype(self.dtype or u.dtype)
-        D = None if self.dense else self.D[...]
-        y = conv(x, self.sample_kernels(u.shape[1:-1], rate=rate), D, method=self.conv)
+        return rates
+
+    def _skip(self) -> Array | None:
+        return None if self.dense else self.D[...]
+
+    def _mixed(self, y: Array, rngs: nnx.Rngs | None) -> Array:
+        """What the layer makes of its convolution."""
         if self.dense:
-            y = y.reshape(*u.shape[:-1], -1, self.d_model).sum(-1)
+            y = y.reshape(*y.shape[:-1], -1, self.d_model).sum(-1)
         if self.output is None:
             return y
         y = self.dropout(nnx.gelu(y, approximate=False), rngs=rngs)
         value, gate = jnp.split(self.output(y), 2, axis=-1)
         return value * nnx.sigmoid(gate)
+
+    def _recurrence(self, rate: float | int) -> Recurrence:
+        if len(self.kernels) != 1:
+            raise ValueError(f"dims must be 1 for a layer to be a recurrence, got {len(self.kernels)}.")
+        return self.kernels[0].recurrence(rate=self._rates(rate)[0])._replace(D=self._skip())
+
+    def _advance(
+        self, advance: Callable[..., tuple[Array, Array]], state: Array, x: Array, rate: float | int
+    ) -> tuple[Array, Array]:
+        """The state after inputs `x` and the outputs of the layer."""
+        system = self._recurrence(rate)
+        expected = (len(x), *system.B.shape)
+        if state.shape != expected or state.dtype != system.B.dtype:
+            raise ValueError(
+                f"state must be (batch, d_model, d_state / 2) = {expected}, {system.B.dtype}, as from initial_state, "
+                f"got {state.shape}, {state.dtype}."
+            )
+        state, y = advance(system, state, x)
+        return state, self._mixed(y.astype(x.dtype), None)
 
 
 def _per_axis(

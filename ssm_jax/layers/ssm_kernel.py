@@ -1,15 +1,19 @@
 """The 1-D kernels whose outer product S4ND convolves with: diagonal (S4D) and diagonal plus low-rank (S4, DPLR)."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Complex, Float
 
 from ssm_jax.ops.dplr import dplr_kernel, truncate
 from ssm_jax.ops.kernel import bandlimit_mask, s4d_kernel
+from ssm_jax.ops.recurrence import Recurrence, dplr_recurrence, s4d_recurrence
 from ssm_jax.ops.state_matrices import state_matrices
 from ssm_jax.ops.transforms import inverse_clamped, transform
 
@@ -39,6 +43,7 @@ class S4DKernel(nnx.Module):
         bidirectional: bool = True,
         n_ssm: int | None = 1,
         init: str = "legs",
+        init_options: Mapping[str, Any] | None = None,
         dt_min: float = 0.1,
         dt_max: float = 1.0,
         dt_tie: bool = True,
@@ -62,6 +67,7 @@ class S4DKernel(nnx.Module):
             bidirectional: also have kernels for negative lags.
             n_ssm: independent sets of (A, B), a divisor of `d_model`, None for `d_model`; head h uses set h mod n_ssm.
             init: name of the initial A and B, see `ssm_jax.ops.state_matrices`.
+            init_options: options of that: `real_scale`, `B_init`, ...
             dt_min: smallest initial step; steps are drawn log-uniform.
             dt_max: largest initial step. The defaults are the paper's for images; for sequences it has 0.001 to 0.1.
             dt_tie: one step per head; otherwise one per head and mode.
@@ -105,7 +111,16 @@ class S4DKernel(nnx.Module):
         self._real = transform("real_transform", real_transform)
         self._imag = transform("imag_transform", imag_transform)
 
-        start = state_matrices(init, d_state, n_ssm=n_ssm, key=rngs.params())
+        start = state_matrices(init, d_state, n_ssm=n_ssm, key=rngs.params(), **init_options or {})
+        reach = [("dt_transform", dt_transform, self._dt, dt_max)]
+        if isinstance(start.A, np.ndarray):  # random ones may be abstract
+            reach.append(("real_transform", real_transform, self._real, np.max(-start.A.real)))
+            reach.append(("imag_transform", imag_transform, self._imag, np.max(-start.A.imag)))
+        for argument, name, t, largest in reach:
+            if largest >= t.below:
+                raise ValueError(
+                    f"{argument}={name!r} stays below {t.below:g}, but the initial values reach {largest:g}."
+                )
         n_modes = d_state // 2
         low, high = math.log(dt_min), math.log(dt_max)
         if deterministic:
@@ -153,6 +168,22 @@ class S4DKernel(nnx.Module):
         C = self._limited(C, A, dt, rate)
         return s4d_kernel(A, B, C, dt * rate, length, discretization=self.discretization)
 
+    def recurrence(self, *, rate: float | int = 1.0) -> Recurrence:
+        """The systems that respond to an impulse with the mean over tensor rank of the kernels, `channels` each.
+
+        Raises ValueError for kernels in both directions: a recurrence knows no later input.
+        """
+        directions, trank, channels = self.C.shape[1:4]
+        if directions != 1:
+            raise ValueError("bidirectional must be False for kernels to be a recurrence.")
+        system = self._system(rate)
+        return system._replace(C=system.C.reshape(trank, channels, *system.C.shape[1:]).mean(0))
+
+    def _system(self, rate: float | int) -> Recurrence:
+        A, B, C, dt = self.continuous()
+        C = self._limited(C, A, dt, rate)
+        return s4d_recurrence(A, B, C, dt * rate, discretization=self.discretization)
+
     def _limited(self, C: Array, A: Array, dt: Array, rate: float | int) -> Array:
         """Read-outs without the modes beyond the band limit."""
         if self.bandlimit is None:
@@ -176,6 +207,7 @@ class DPLRKernel(S4DKernel):
         d_state: int = 64,
         n_ssm: int | None = 1,
         init: str = "legs",
+        init_options: Mapping[str, Any] | None = None,
         rngs: nnx.Rngs,
         **options,
     ):
@@ -190,6 +222,7 @@ class DPLRKernel(S4DKernel):
             d_state: as for `S4DKernel`, like all that follows.
             n_ssm: independent sets of (A, B, P).
             init: name of the initial A, B and P.
+            init_options: options of that, `P_scale` too.
             rngs: source of the `params` stream.
             **options: the others of `S4DKernel`, but for `discretization`.
 
@@ -205,9 +238,11 @@ class DPLRKernel(S4DKernel):
             raise ValueError(f"rank must be at least 1, got {rank}.")
         if l_kernel is not None and l_kernel < 0:
             raise ValueError(f"l_kernel must not be negative, got {l_kernel}.")
-        super().__init__(d_model, init=init, d_state=d_state, n_ssm=n_ssm, rngs=rngs, **options)
+        initial = {"init": init, "d_state": d_state}
+        super().__init__(d_model, **initial, init_options=init_options, n_ssm=n_ssm, rngs=rngs, **options)
         self.l_kernel = l_kernel
-        start = state_matrices(init, d_state, n_ssm=self.A_real.shape[0], rank=rank, key=rngs.params())
+        sets = self.A_real.shape[0]
+        start = state_matrices(**initial, n_ssm=sets, rank=rank, key=rngs.params(), **init_options or {})
         self.P = SSMParam(_pair(start.P).astype(self.B.dtype))
 
     def restore_read_outs(self) -> None:
@@ -233,6 +268,19 @@ class DPLRKernel(S4DKernel):
             C = self._limited(truncate(A, C, P, dt, l_kernel), A, dt, rate)
             C = truncate(A, C, P, dt * rate, round(l_kernel / rate), inverse=True)
         return dplr_kernel(A, B, C, P, dt * rate, length)
+
+    def recurrence(self, *, rate: float | int = 1.0) -> Recurrence:
+        """As `S4DKernel.recurrence`; also raises ValueError where `l_kernel` makes kernels depend on their length."""
+        if self.l_kernel is not None and (rate != 1 or self.bandlimit is not None):
+            raise ValueError(
+                "l_kernel must be None for kernels to be a recurrence at another rate than 1 or with a bandlimit, "
+                f"got l_kernel={self.l_kernel}, rate={rate}, bandlimit={self.bandlimit}."
+            )
+        return super().recurrence(rate=rate)
+
+    def _system(self, rate: float | int) -> Recurrence:
+        A, B, C, dt = self.continuous()
+        return dplr_recurrence(A, B, self._limited(C, A, dt, rate), self._low_rank(), dt * rate)
 
 
 def _pair(x: ArrayLike) -> Array:

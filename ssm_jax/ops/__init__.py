@@ -9,6 +9,11 @@ from ssm_jax.ops.dplr import truncate as truncate
 from ssm_jax.ops.kernel import bandlimit_mask as bandlimit_mask
 from ssm_jax.ops.kernel import s4d_kernel as s4d_kernel
 from ssm_jax.ops.kernel import vandermonde as vandermonde
+from ssm_jax.ops.recurrence import Recurrence as Recurrence
+from ssm_jax.ops.recurrence import dplr_recurrence as dplr_recurrence
+from ssm_jax.ops.recurrence import recurrent_scan as recurrent_scan
+from ssm_jax.ops.recurrence import recurrent_step as recurrent_step
+from ssm_jax.ops.recurrence import s4d_recurrence as s4d_recurrence
 from ssm_jax.ops.scan import linear_recurrence as linear_recurrence
 from ssm_jax.ops.state_matrices import diagonalize as diagonalize
 from ssm_jax.ops.state_matrices import hippo as hippo

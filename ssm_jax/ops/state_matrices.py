@@ -6,8 +6,8 @@ and S4D (arXiv:2206.11893): modes have Re A < 0 and Im A <= 0.
 """
 
 import difflib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class StateMatrices(NamedTuple):
     """
 
     A: np.ndarray | jax.Array
-    B: np.ndarray
+    B: np.ndarray | jax.Array
     P: np.ndarray | jax.Array
     C: np.ndarray
 
@@ -79,92 +79,163 @@ def diagonalize(A: np.ndarray, B: np.ndarray, P: np.ndarray) -> tuple[np.ndarray
 _MAX_IMAG_B = 2.0
 
 
-def _nplr(measure: str) -> Callable[[int], StateMatrices]:
-    def init(d_state: int) -> StateMatrices:
-        W, B, P, V = diagonalize(*hippo(measure, d_state))
-        B = np.real(B) + 1j * np.clip(np.imag(B), -_MAX_IMAG_B, _MAX_IMAG_B)
-        return StateMatrices(W[None], B[None], P[:, None], V[:1].conj())
-
-    return init
+def _hippo_modes(measure: str, d_state: int) -> StateMatrices:
+    W, B, P, V = diagonalize(*hippo(measure, d_state))
+    B = np.real(B) + 1j * np.clip(np.imag(B), -_MAX_IMAG_B, _MAX_IMAG_B)
+    return StateMatrices(W[None], B[None], P[:, None], V[:1].conj())
 
 
-def _diagonal(modes: Callable[[np.ndarray, int], np.ndarray]) -> Callable[[int], StateMatrices]:
-    def init(d_state: int) -> StateMatrices:
-        n = np.arange(d_state // 2)
-        A = modes(n, d_state).astype(np.complex128)[None]
-        return StateMatrices(A, np.ones_like(A), np.zeros_like(A)[None], (n == 0).astype(np.complex128)[None])
+_HIPPO = ("legs", "legt", "fourier")
 
-    return init
-
-
-def _diag_legs(d_state: int) -> StateMatrices:
-    legs = _nplr("legs")(d_state)
-    return legs._replace(A=-0.5 - 1j * np.abs(np.imag(legs.A)))
-
-
-_INITS: dict[str, Callable[[int], StateMatrices]] = {
-    "diag-lin": _diagonal(lambda n, N: -0.5 - 1j * np.pi * n),
-    "diag-inv": _diagonal(lambda n, N: -0.5 - 1j * N / np.pi * (N / (1 + 2 * n) - 1)),
-    "diag-inv2": _diagonal(lambda n, N: -0.5 - 1j * N / np.pi * (N / (1 + n) - 1)),
-    "diag-quad": _diagonal(lambda n, N: -0.5 - 1j * (1 + 2 * n) ** 2 / np.pi),
-    "diag-real": _diagonal(lambda n, N: -(1.0 + n)),
-    "diag-legs": _diag_legs,
-    "legs": _nplr("legs"),
-    "legt": _nplr("legt"),
-    "fourier": _nplr("fourier"),
+# -Im A of mode n, counted from 0, of a system of N states (S4D, section 4).
+_FREQUENCIES: dict[str, Callable[[np.ndarray | jax.Array, int], np.ndarray | jax.Array]] = {
+    "lin": lambda n, N: np.pi * n,
+    "inv": lambda n, N: N / np.pi * (N / (1 + 2 * n) - 1),
+    "inv2": lambda n, N: N / np.pi * (N / (1 + n) - 1),
+    "quad": lambda n, N: (1 + 2 * n) ** 2 / np.pi,
+    "real": lambda n, N: 0 * n,
+    "legs": lambda n, N: 0 * n + np.abs(np.imag(_hippo_modes("legs", N).A)),
 }
 
+_B = {
+    "constant": lambda n, N: np.ones_like(n, complex),
+    "alternating": lambda n, N: (-1.0 + 0j) ** n,
+    "unit-cw": lambda n, N: np.exp(-2j * np.pi * n / N),
+    "unit-ccw": lambda n, N: np.exp(2j * np.pi * n / N),
+}
 
-_RANDOM = ("diag-rand", *(name.replace("diag", "dplr") for name in _INITS if name.startswith("diag-")))
+_COMBINATIONS = {
+    "hippo": ("legs", "fourier"),
+    "diag": ("diag-inv", "diag-lin"),
+    "all": ("legs", "fourier", "diag-inv", "diag-lin"),
+}
+
+_DIAGONAL = ("rand", *_FREQUENCIES)
+_INITS = sorted([*_HIPPO, *_COMBINATIONS, *(f"{kind}-{name}" for kind in ("diag", "dplr") for name in _DIAGONAL)])
 
 
 def state_matrices(
-    init: str, d_state: int, *, n_ssm: int = 1, rank: int | None = None, key: jax.Array | None = None
+    init: str,
+    d_state: int,
+    *,
+    n_ssm: int = 1,
+    rank: int | None = None,
+    key: jax.Array | None = None,
+    **options: Any,
 ) -> StateMatrices:
     """Builds the initial modes of `n_ssm` systems with `d_state` real states each.
 
-    `init` is one of `diag-lin`, `diag-inv`, `diag-inv2`, `diag-quad`, `diag-real`, `diag-legs` (S4D, section 4);
-    `diag-rand` (log-normal frequencies); `dplr-lin`, ... (the same A, and P complex normal); `legs`, `legt`, `fourier`
-    (HiPPO matrices); `hippo`: the first half of the systems LegS, the second half Fourier. Only `diag-rand` and
-    `dplr-*` draw from `key`. `rank` adds rows of zeros to `P` up to that number.
+    Args:
+        init: `diag-lin`, `diag-inv`, `diag-inv2`, `diag-quad`, `diag-real`, `diag-legs` (S4D, section 4) or `diag-rand`
+            (log-normal frequencies); `dplr-lin`, ...: the same A, and P complex normal; `legs`, `legt`, `fourier`
+            (HiPPO matrices); or several, each for an equal part of the systems: `hippo` for legs and fourier, `diag`
+            for diag-inv and diag-lin, `all` for these four.
+        d_state: real states, even.
+        n_ssm: number of systems.
+        rank: rows of P, those that `init` does not need being 0; None for as many as it needs.
+        key: what is random is drawn from it.
+        **options: of the `diag-*` and `dplr-*` ones: `real_scale` and `imag_scale` multiply the parts of A;
+            `real_random` draws -Re A before that from [0, 1) instead of 1/2, and `imag_random` the mode numbers n, from
+            [0, d_state / 2), in the formula of the frequencies; `B_init` is `constant`, `random`, `alternating`,
+            `unit-cw`, `unit-ccw` (powers of a root of unity) or `legs`; `B_scale` and `P_scale` multiply B and P.
 
-    Raises ValueError for an odd `d_state`, an unknown `init`, `hippo` with an odd `n_ssm`, a `rank` below that of
-    `init`, or a missing `key`.
+    Raises:
+        ValueError: for an odd `d_state`, an unknown `init`, options of one that has none, an `n_ssm` that cannot be
+            divided, a `rank` below that of `init`, or a missing `key`.
     """
     if d_state < 2 or d_state % 2:
         raise ValueError(
             f"d_state must be even and at least 2, because modes come in conjugate pairs, got {d_state}; "
             f"use {max(2, d_state + d_state % 2)}."
         )
-    if n_ssm < 1:
-        raise ValueError(f"n_ssm must be at least 1, got {n_ssm}.")
-    if init in _RANDOM:
-        if key is None:
-            raise ValueError(f"key must be given for init={init!r}, which draws from it.")
-        return _random(init, d_state, n_ssm, rank or 1, key)
-    names = [init] * n_ssm
-    if init == "hippo":
-        if n_ssm % 2:
-            raise ValueError(f"n_ssm must be even for init='hippo', half LegS and half Fourier, got {n_ssm}.")
-        names = ["legs"] * (n_ssm // 2) + ["fourier"] * (n_ssm // 2)
-    if names[0] not in _INITS:
-        allowed = sorted([*_INITS, *_RANDOM, "hippo"])
-        near = difflib.get_close_matches(init, allowed, n=1)
+    if init not in _INITS:
+        near = difflib.get_close_matches(init, _INITS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"init must be one of {', '.join(allowed)}, got {init!r}.{hint}")
-    systems = [_INITS[name](d_state) for name in names]
-    joined = StateMatrices(*(np.concatenate(field, axis=-2) for field in zip(*systems, strict=True)))
-    missing = (rank or len(joined.P)) - len(joined.P)
-    if missing < 0:
-        raise ValueError(f"rank must be at least {len(joined.P)} for init={init!r}, got {rank}.")
-    return joined._replace(P=np.pad(joined.P, ((0, missing), (0, 0), (0, 0))))
+        raise ValueError(f"init must be one of {', '.join(_INITS)}, got {init!r}.{hint}")
+    names = _COMBINATIONS.get(init, (init,))
+    if n_ssm < 1 or n_ssm % len(names):
+        raise ValueError(f"n_ssm must be a positive multiple of {len(names)} for init={init!r}, got {n_ssm}.")
+    parts = []
+    for i, name in enumerate(names):
+        part_key = None if key is None else jax.random.fold_in(key, i)
+        parts.append(_system(name, d_state, n_ssm // len(names), rank or 1, part_key, options))
+    needed = max(len(part.P) for part in parts)
+    if rank is not None and rank < needed:
+        raise ValueError(f"rank must be at least {needed} for init={init!r}, got {rank}.")
+    for i, part in enumerate(parts):
+        zeros = np.zeros(((rank or needed) - len(part.P), *part.P.shape[1:]), part.P.dtype)
+        parts[i] = part._replace(P=_join([part.P, zeros], 0))
+    return StateMatrices(*(_join(field, -2) for field in zip(*parts, strict=True)))
 
 
-def _random(init: str, d_state: int, n_ssm: int, rank: int, key: jax.Array) -> StateMatrices:
-    if init == "diag-rand":
-        lin = state_matrices("diag-lin", d_state, n_ssm=n_ssm)
-        frequencies = jnp.exp(jax.random.normal(key, lin.A.shape))
-        return lin._replace(A=jax.lax.complex(jnp.full_like(frequencies, -0.5), -frequencies))
-    diagonal = state_matrices(init.replace("dplr", "diag"), d_state, n_ssm=n_ssm)
-    real, imag = jax.random.normal(key, (2, rank, n_ssm, d_state // 2)) * 0.5**0.5
-    return diagonal._replace(P=jax.lax.complex(real, imag))
+def _system(
+    init: str, d_state: int, n_ssm: int, rank: int, key: jax.Array | None, options: Mapping[str, Any]
+) -> StateMatrices:
+    """`n_ssm` systems of one kind."""
+    if init not in _HIPPO:
+        kind, name = init.split("-")
+        return _diagonal(name, d_state, n_ssm, rank, key, **{"P_scale": float(kind == "dplr"), **options})
+    if options:
+        raise ValueError(f"init={init!r} has no options, only diag-* and dplr-* have; got {', '.join(options)}.")
+    return StateMatrices(*(np.repeat(field, n_ssm, axis=-2) for field in _hippo_modes(init, d_state)))
+
+
+def _diagonal(
+    name: str,
+    d_state: int,
+    n_ssm: int,
+    rank: int,
+    key: jax.Array | None,
+    *,
+    P_scale: float,
+    real_scale: float = 1.0,
+    imag_scale: float = 1.0,
+    real_random: bool = False,
+    imag_random: bool = False,
+    B_init: str = "constant",
+    B_scale: float = 1.0,
+) -> StateMatrices:
+    shape = (n_ssm, d_state // 2)
+
+    def draw(distribution: Callable[..., jax.Array], part: int, *shape: int) -> jax.Array:
+        if key is None:
+            raise ValueError(f"key must be given for an init with random parts, got none for a diagonal {name!r} one.")
+        return distribution(jax.random.fold_in(key, part), shape)
+
+    n = number = np.broadcast_to(np.arange(shape[1], dtype=float), shape)
+    if imag_random:
+        n = shape[1] * draw(jax.random.uniform, 0, *shape)
+    imag = jnp.exp(draw(jax.random.normal, 0, *shape)) if name == "rand" else _FREQUENCIES[name](n, d_state)
+    real = draw(jax.random.uniform, 1, *shape) if real_random else np.full(shape, 0.5)
+    if name == "real":
+        real = shape[1] * real if real_random else 1 + number
+    legs = _hippo_modes("legs", d_state) if "legs" in (name, B_init) else None
+    if legs is not None:
+        B, P = (np.repeat(field, n_ssm, axis=-2) for field in (legs.B, legs.P))
+    else:
+        if B_init not in (*_B, "random"):
+            raise ValueError(f"B_init must be one of {', '.join(_B)}, random, legs, got {B_init!r}.")
+        random = B_init == "random"
+        B = _normal(draw(jax.random.normal, 2, 2, *shape)) if random else _B[B_init](number, d_state)
+        P = np.zeros((rank, *shape), complex)
+        if P_scale:
+            P = P_scale * _normal(draw(jax.random.normal, 3, 2, rank, *shape))
+    return StateMatrices(
+        _complex(-real_scale * real, -imag_scale * imag), B_scale * B, P, (number == 0).astype(complex)
+    )
+
+
+def _normal(pair: jax.Array) -> jax.Array:
+    """Complex numbers of variance 1, half of it in each part."""
+    return jax.lax.complex(*(pair * 0.5**0.5))
+
+
+def _complex(real: np.ndarray | jax.Array, imag: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+    if isinstance(real, np.ndarray) and isinstance(imag, np.ndarray):
+        return real + 1j * imag
+    return jax.lax.complex(jnp.asarray(real, float), jnp.asarray(imag, float))
+
+
+def _join(arrays: Sequence[np.ndarray | jax.Array], axis: int) -> np.ndarray | jax.Array:
+    """Of numpy, unless there are random ones."""
+    return (jnp if any(isinstance(a, jax.Array) for a in arrays) else np).concatenate(arrays, axis)

@@ -1,5 +1,6 @@
 """Maps from unconstrained parameters to positive numbers, and back."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,13 +18,15 @@ class Transform(NamedTuple):
 
     forward: Callable[[Any], Any]
     inverse: Callable[[Any], Any]
+    below: float = math.inf
+    """All values are below this."""
 
 
 TRANSFORMS: dict[str, Transform] = {
     "none": Transform(lambda x: x, lambda y: y),
     "exp": Transform(jnp.exp, jnp.log),
     "relu": Transform(lambda x: jax.nn.relu(x) + _FLOOR, lambda y: y),
-    "sigmoid": Transform(jax.nn.sigmoid, lambda y: jnp.log(y) - jnp.log1p(-y)),
+    "sigmoid": Transform(jax.nn.sigmoid, lambda y: jnp.log(y) - jnp.log1p(-y), below=1.0),
     "softplus": Transform(jax.nn.softplus, lambda y: y + jnp.log(-jnp.expm1(-y))),
 }
 """The parametrisations of dt, -Re A and -Im A that S4 knows, by name."""

@@ -90,9 +90,11 @@ _ARGUMENTS = {
 
 _MODES = {"diag": "diag", "s4d": "diag", "dplr": "dplr", "nplr": "dplr", "s4": "dplr"}
 
-_INITIAL = {"_name_", "contract_version", "deterministic", "dt_max", "dt_min", "init", "initializer", "lr"} | {
-    "tie_dropout", "transposed", "verbose"
-}  # fmt: skip
+_INITIAL = {
+    *("_name_", "B_init", "B_scale", "P_scale", "contract_version", "deterministic", "dt_max", "dt_min", "imag_random"),
+    *("imag_scale", "init", "initializer", "lr", "normalize", "real_random", "real_scale", "tie_dropout", "transposed"),
+    "verbose",
+}
 """Official arguments that change only initial values, optimization, or the order of axes."""
 
 _ONLY = {"mode": tuple(_MODES), "weight_norm": (False,), "activation": ("gelu",), "final_act": ("glu",)}
@@ -112,9 +114,10 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"config has options without a counterpart here: {', '.join(unknown)}.")
     arguments = {ours: config[name] for name, ours in _ARGUMENTS.items() if name in config}
     arguments["mode"] = _MODES[config["mode"]]
+    # The initial values are replaced: any will do that fit every rank and transform.
+    arguments |= {"init": "diag-lin", "init_options": {"imag_scale": 0.0}, "dt_max": 0.1}
     if arguments["mode"] == "dplr":
-        # The initial values are replaced: any will do that fit every rank.
-        arguments |= {"rank": config.get("rank", 1), "init": "diag-lin"}
+        arguments["rank"] = config.get("rank", 1)
     elif "disc" in config:
         arguments["discretization"] = config["disc"]
     return arguments

@@ -304,6 +304,17 @@ def test_transforms_change_parameters_and_not_the_kernel():
     np.testing.assert_allclose(*kernels, rtol=0, atol=1e-4)
 
 
+def test_initial_values_follow_their_options():
+    options = {"imag_scale": 0.5, "B_init": "alternating", "P_scale": 0.0}
+    plain, other = (
+        DPLRKernel(2, d_state=8, init="dplr-inv", init_options=o, rngs=nnx.Rngs(0)) for o in (None, options)
+    )
+    np.testing.assert_allclose(other.A_imag[...], np.maximum(0.5 * plain.A_imag[...], 1e-4), rtol=1e-6)
+    np.testing.assert_array_equal(other.B[0], [[1, -1, 1, -1]])
+    assert np.all(plain.P[...] != 0)
+    assert np.all(other.P[...] == 0)
+
+
 def test_dynamics_are_marked_for_their_own_learning_rate():
     kernel = nnx.eval_shape(lambda: S4DKernel(3, rngs=nnx.Rngs(0)))
     marked = {name for name in ("inv_dt", "A_real", "A_imag", "B", "C") if isinstance(getattr(kernel, name), SSMParam)}
@@ -392,9 +403,11 @@ def test_deterministic_view_has_no_dropout():
         ({"dt_transform": "log"}, "dt_transform must be one of .*got 'log'"),
         ({"real_transform": "log"}, "real_transform must be one of .*got 'log'"),
         ({"imag_transform": "log"}, "imag_transform must be one of .*got 'log'"),
+        ({"dt_transform": "sigmoid"}, "dt_transform='sigmoid' stays below 1, but the initial values reach 1"),
+        ({"imag_transform": "sigmoid"}, "imag_transform='sigmoid' stays below 1, but the initial values reach"),
         ({"d_state": 5}, "d_state must be even"),
         ({"init": "diag_inv"}, "init must be one of .*Did you mean 'diag-inv'"),
-        ({"init": "hippo", "n_ssm": 3}, "n_ssm must be even"),
+        ({"init": "hippo", "n_ssm": 3}, "n_ssm must be a positive multiple of 2"),
         ({"dims": 0}, "dims must be at least 1, got 0"),
         ({"l_max": 0}, "l_max must be at least 1, one number or one for each of 2 axes, got 0"),
         ({"l_max": (8,)}, "l_max must be at least 1, one number or one for each of 2 axes, got "),
@@ -425,6 +438,17 @@ def test_impossible_arguments_are_rejected(arguments, message):
 def test_input_of_another_shape_is_rejected(shape):
     with pytest.raises(ValueError, match=r"u must be \(batch, 2 axes, d_model=3\), not empty, got shape"):
         small(2)(jnp.ones(shape))
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int32", "complex64"])
+def test_input_that_is_not_floating_point_is_rejected(dtype):
+    with pytest.raises(ValueError, match=f"u must be floating-point, got {dtype}; for images: u.astype"):
+        small(2)(jnp.ones((2, 4, 4, 3), dtype))
+
+
+def test_rate_may_be_a_number_of_numpy():
+    u = draw(2, 4, 4, 3)
+    np.testing.assert_array_equal(call(small(2), u, rate=np.float64(2.0)), call(small(2), u, rate=2.0))
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("inf"), float("nan"), (1.0,), (1.0, 0.0), (1.0, 1.0, 1.0)], ids=str)

@@ -157,6 +157,55 @@ def test_hippo_is_half_legs_and_half_fourier():
         np.testing.assert_array_equal(ours, expected)
 
 
+@pytest.mark.parametrize(
+    ("init", "names"),
+    [("diag", ["diag-inv", "diag-lin"]), ("all", ["legs", "fourier", "diag-inv", "diag-lin"])],
+)
+def test_combinations_are_equal_parts_of_their_inits(init, names):
+    together = state_matrices(init, 8, n_ssm=2 * len(names))
+    for i, name in enumerate(names):
+        for ours, alone in zip(together, state_matrices(name, 8, n_ssm=2), strict=True):
+            np.testing.assert_array_equal(ours[..., 2 * i : 2 * i + 2, :], alone)
+
+
+def test_scales_multiply_the_parts():
+    plain, scaled = (
+        state_matrices("dplr-inv", 8, rank=2, key=jax.random.key(0), **options)
+        for options in ({}, {"real_scale": 3.0, "imag_scale": 0.5, "B_scale": 5.0, "P_scale": 7.0})
+    )
+    np.testing.assert_allclose(scaled.A, 3 * plain.A.real + 0.5j * plain.A.imag)
+    np.testing.assert_allclose(scaled.B, 5 * plain.B)
+    np.testing.assert_allclose(scaled.P, 7 * plain.P, rtol=1e-6)
+    assert scaled.P.shape == (2, 1, 4)
+
+
+def test_random_parts_are_uniform():
+    start = state_matrices("diag-lin", 4000, key=jax.random.key(0), real_random=True, imag_random=True)
+    for uniform in (-start.A.real, -start.A.imag / (np.pi * 2000)):
+        assert 0 <= uniform.min() < 0.01
+        assert 0.99 < uniform.max() <= 1
+        assert uniform.mean() == pytest.approx(0.5, abs=5 * (1 / 12 / 2000) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("B_init", "B"),
+    [
+        ("alternating", [1, -1, 1, -1]),
+        ("unit-cw", np.exp(-2j * np.pi * np.arange(4) / 8)),
+        ("unit-ccw", np.exp(2j * np.pi * np.arange(4) / 8)),
+        ("legs", state_matrices("legs", 8).B[0]),
+    ],
+)
+def test_inputs_follow_their_formulas(B_init, B):
+    np.testing.assert_allclose(state_matrices("diag-lin", 8, B_init=B_init).B, np.array(B)[None], atol=1e-12)
+
+
+def test_random_inputs_have_variance_one():
+    B = np.asarray(state_matrices("diag-lin", 8000, key=jax.random.key(0), B_init="random").B)
+    assert np.mean(np.abs(B) ** 2) == pytest.approx(1, abs=5 / 4000**0.5)
+    assert np.abs(np.mean(B)) < 5 / 4000**0.5
+
+
 def test_random_frequencies_are_log_normal():
     A = state_matrices("diag-rand", 2000, n_ssm=4, key=jax.random.key(0)).A
     np.testing.assert_array_equal(A.real, -0.5)
@@ -176,9 +225,13 @@ def test_random_frequencies_are_those_of_the_key():
     [
         ({"init": "legs", "d_state": 7}, "d_state must be even .* got 7; use 8"),
         ({"init": "legs", "d_state": 0}, "d_state must be even and at least 2.* use 2"),
-        ({"init": "legs", "d_state": 8, "n_ssm": 0}, "n_ssm must be at least 1, got 0"),
-        ({"init": "hippo", "d_state": 8, "n_ssm": 3}, "n_ssm must be even for init='hippo'.*, got 3"),
-        ({"init": "diag-rand", "d_state": 8}, "key must be given for init='diag-rand'"),
+        ({"init": "legs", "d_state": 8, "n_ssm": 0}, "n_ssm must be a positive multiple of 1 .*, got 0"),
+        ({"init": "hippo", "d_state": 8, "n_ssm": 3}, "n_ssm must be a positive multiple of 2 for init='hippo', got 3"),
+        ({"init": "diag-rand", "d_state": 8}, "key must be given for an init with random parts"),
+        ({"init": "diag-lin", "d_state": 8, "imag_random": True}, "key must be given for an init with random parts"),
+        ({"init": "diag-lin", "d_state": 8, "B_init": "one"}, "B_init must be one of constant.*, got 'one'"),
+        ({"init": "legs", "d_state": 8, "B_scale": 2.0}, "init='legs' has no options, only .*; got B_scale"),
+        ({"init": "all", "d_state": 8, "n_ssm": 6}, "n_ssm must be a positive multiple of 4 for init='all', got 6"),
         (
             {"init": "diag_lin", "d_state": 8},
             "init must be one of .*diag-rand.*got 'diag_lin'. Did you mean 'diag-lin'",
