@@ -6,20 +6,17 @@ For each length it times the forward and backward pass of every method on one ax
 finds, and prints medians as ratios to the fastest. On a shared machine read the ratios, not the times.
 """
 
-import time
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.side_by_side import ROUNDS, medians
 from ssm_jax.ops.conv import METHODS, choose, conv
 
 _CHANNELS = flags.DEFINE_integer("channels", 128, "Channels of the input.")
 _ELEMENTS = flags.DEFINE_integer("elements", 1_000_000, "Size of the input.")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each method.")
 _LENGTHS = flags.DEFINE_list("lengths", "7,14,28,56,96,128,196,256,512,1024", "Lengths of the axis.")
 _ALONG_AXIS = [method for method in METHODS if method not in ("auto", "fft_nd")]
 
@@ -40,13 +37,7 @@ def measure(length: int) -> dict[str, float]:
     u = jax.random.normal(jax.random.key(0), (batch, length, channels))
     kernel = jax.random.normal(jax.random.key(1), (2, 1, 1, channels, length)) / length
     steps = {method: step(method, u, kernel) for method in _ALONG_AXIS}
-    times: dict[str, list[float]] = {method: [] for method in steps}
-    for _ in range(_ROUNDS.value + 1):
-        for method, compiled in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(u, kernel))
-            times[method].append(time.perf_counter() - start)
-    return {method: float(np.median(seconds[1:])) for method, seconds in times.items()}  # the first warms up
+    return medians({name: lambda f=f: f(u, kernel) for name, f in steps.items()}, rounds=ROUNDS.value)
 
 
 def main(_: list[str]) -> None:
