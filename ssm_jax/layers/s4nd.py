@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Complex, Float, Num
@@ -14,7 +13,7 @@ from jaxtyping import Array, Complex, Float, Num
 from ssm_jax.layers.linear import linear
 from ssm_jax.layers.ssm_kernel import DPLRKernel, S4DKernel
 from ssm_jax.ops.conv import METHODS, conv
-from ssm_jax.ops.recurrence import Recurrence, recurrent_scan, recurrent_step
+from ssm_jax.ops.recurrence import CHUNK, Recurrence, recurrent_scan, recurrent_step
 
 _KERNELS = {"diag": S4DKernel, "dplr": DPLRKernel}
 
@@ -162,8 +161,7 @@ class S4ND(nnx.Module):
         That is what calling the layer on the whole sequences gives there, at any number of positions up to `l_max`:
         the convolution's kernel ends then, and the state goes on. In evaluation: there is no dropout.
 
-        The step is discretised anew in each call. Within a `jax.lax.scan` over positions XLA does that once, before
-        the loop.
+        Each call discretises anew. In a `jax.lax.scan` over positions, XLA does that once before the loop.
 
         Args:
             state: that after the previous position, or `initial_state`; complex64, or complex128 for float64
@@ -183,12 +181,12 @@ class S4ND(nnx.Module):
         u: Float[Array, "batch length d_model"],
         *,
         rate: float | int = 1.0,
-        chunk: int = 64,
+        chunk: int = CHUNK,
     ) -> tuple[Complex[Array, "batch d_model n"], Float[Array, "batch length features"]]:
         """Applies the layer to the next `length` positions: the state after them, and their outputs.
 
-        As `step`, but by matrix products for `chunk` positions at a time, in about the time and memory of the
-        convolution: see `ssm_jax.ops.recurrent_scan`.
+        As `step`, but by matrix products for `chunk` positions at a time, see `ssm_jax.ops.recurrent_scan`: on CPU in
+        the time of the convolution, and with gradients in up to twice that.
         """
         return self._advance(functools.partial(recurrent_scan, chunk=chunk), state, self._input(u, 1), rate)
 
@@ -202,7 +200,7 @@ class S4ND(nnx.Module):
 
     def _rates(self, rate: float | int | Sequence[float | int]) -> tuple[float | int, ...]:
         """The rate of each axis."""
-        rates = (rate,) * len(self.kernels) if np.ndim(rate) == 0 else tuple(rate)
+        rates = tuple(rate) if isinstance(rate, Sequence) else (rate,) * len(self.kernels)
         if len(rates) != len(self.kernels) or not all(0 < r < math.inf for r in rates):
             raise ValueError(
                 f"rate must be positive, one number or one for each of {len(self.kernels)} axes, got {rate}."

@@ -114,8 +114,8 @@ class S4DKernel(nnx.Module):
         start = state_matrices(init, d_state, n_ssm=n_ssm, key=rngs.params(), **init_options or {})
         reach = [("dt_transform", dt_transform, self._dt, dt_max)]
         if isinstance(start.A, np.ndarray):  # random ones may be abstract
-            reach.append(("real_transform", real_transform, self._real, np.max(-start.A.real)))
-            reach.append(("imag_transform", imag_transform, self._imag, np.max(-start.A.imag)))
+            reach.append(("real_transform", real_transform, self._real, np.max(-np.real(start.A))))
+            reach.append(("imag_transform", imag_transform, self._imag, np.max(-np.imag(start.A))))
         for argument, name, t, largest in reach:
             if largest >= t.below:
                 raise ValueError(

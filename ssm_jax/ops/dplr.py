@@ -32,6 +32,11 @@ class Step(NamedTuple):
             y = y - _align(gain, x) * _real_dot(_align(probe, x), x)
         return y
 
+    @property
+    def transposed(self) -> "Step":
+        """The step of read-outs, C -> C Abar."""
+        return Step(self.decay, probe=self.gain, gain=self.probe)
+
 
 def dplr_discretize(
     A: Complex[Array, "h_or_1 n"],
@@ -98,9 +103,8 @@ def truncate(
     hardly decays, as Fourier's of frequency 0, I - Abar^length is about 1e-4. It is therefore summed up, I - Abar^(l+1)
     = (I - Abar) + (I - Abar^l) Abar: float32 would keep 3 digits of a difference to I.
     """
-    step, _ = dplr_discretize(A, jnp.zeros_like(A), P, dt)
+    step = dplr_discretize(A, jnp.zeros_like(A), P, dt)[0].transposed
     z = (dt / 2).astype(A.dtype)
-    step = Step(step.decay, step.gain, step.probe)  # the transposed one, C -> C Abar
     change = step._replace(decay=2 * z * A / (1 - z * A))  # C -> C (Abar - I), of the same form
 
     def truncated(C: Array) -> Array:

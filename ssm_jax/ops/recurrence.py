@@ -16,6 +16,9 @@ from ssm_jax.ops.dplr import Step, dplr_discretize
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
+CHUNK = 64
+"""The fastest of 16, 32, .. 256 on CPU, or within 10 % of it, for 64 real states and lengths of 1024 to 4096."""
+
 
 class Recurrence(NamedTuple):
     """`h` systems of one input and `k` outputs each: x_l = step(x_{l-1}) + B u_l and y_l = 2 Re C x_l + D u_l."""
@@ -68,7 +71,7 @@ def recurrent_scan(
     state: Complex[Array, "batch h n"],
     u: Float[Array, "batch length h"],
     *,
-    chunk: int = 64,
+    chunk: int = CHUNK,
 ) -> tuple[Complex[Array, "batch h n"], Float[Array, "batch length {len(system.C)}*h"]]:
     """What `recurrent_step` gives position by position: the state after the last one, and all outputs.
 
@@ -96,11 +99,10 @@ def recurrent_scan(
 def _tables(system: Recurrence, chunk: int) -> tuple[Array, Array, Array]:
     """Real matrices for each head: inputs to outputs (h, chunk, chunk k), inputs to next state, state to outputs."""
     step, B, C, D = system
-    transposed = Step(step.decay, probe=step.gain, gain=step.probe)
 
     def advance(carry, _):
         impulse, C = carry
-        later = transposed(C)
+        later = step.transposed(C)
         return (step(impulse), later), (_real(impulse), _read(later))
 
     _, (impulses, read) = jax.lax.scan(advance, (B, C), length=chunk)

@@ -25,7 +25,7 @@ class StateMatrices(NamedTuple):
     A: np.ndarray | jax.Array
     B: np.ndarray | jax.Array
     P: np.ndarray | jax.Array
-    C: np.ndarray
+    C: np.ndarray | jax.Array
 
 
 def hippo(measure: str, d_state: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
