@@ -105,7 +105,10 @@ def test_layer_whose_read_outs_moved_again_is_the_official_one(shared, dtype):
 
 
 def slopes_in_last_frequency(A, B, C, P, dt, l_kernel, length):
-    """Those of the kernels (k, length) of one system in -Im A[-1], read-outs being C (I - Abar^l_kernel); dense."""
+    """Those of the kernels (k, length) of one system in -Im A[-1], read-outs being C (I - Abar^l_kernel); dense.
+
+    In coordinates (Re x, Im x): one of them is Fourier's slow direction, whose digits a basis of conjugate pairs loses.
+    """
     n = len(A)
     split = lambda x: np.concatenate([x.real, x.imag], axis=-1)  # noqa: E731
     M = np.block([[np.diag(A.real), -np.diag(A.imag)], [np.diag(A.imag), np.diag(A.real)]]) - 2 * split(P).T @ split(P)
