@@ -19,7 +19,8 @@ def vandermonde(v: Complex[Array, "k h n"], log_x: Complex[Array, "h n"], length
     and is a product with them too: if g is the gradient of the sums, that of v is 2 sum_l g x^l, and that of log x is
     2 v sum_l l g x^l.
     """
-    return jax.checkpoint(_vandermonde, static_argnums=2)(v, log_x, length)
+    # Where both passes are one program, XLA may keep the powers, which are small, instead.
+    return jax.checkpoint(_vandermonde, prevent_cse=False, static_argnums=2)(v, log_x, length)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
