@@ -1,0 +1,75 @@
+"""Runs the notebooks as a reader would, and looks at what is committed.
+
+`jupyter execute --inplace notebooks/NAME.ipynb` writes the outputs anew.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook):
+    """What all cells print, one after the other; what they write to stderr is not for a reader."""
+    streams = [out for cell in code_cells(notebook) for out in cell.outputs if out.output_type == "stream"]
+    assert [out.text for out in streams if out.name != "stdout"] == []
+    return "".join(out.text for out in streams)
+
+
+def pictures(notebook):
+    return sum("image/png" in out.get("data", {}) for cell in code_cells(notebook) for out in cell.outputs)
+
+
+def check_s4nd_tour(text):
+    differences = [float(value) for value in re.findall(r"largest difference.* (\S+)$", text, re.MULTILINE)]
+    assert len(differences) == 5
+    assert max(differences) < 1e-4
+    accuracy = {int(size): float(value) for size, value in re.findall(r"^(\d+) x \1: ([\d.]+)%", text, re.MULTILINE)}
+    assert list(accuracy) == [4, 6, 8, 12, 16]
+    assert accuracy[8] >= 95
+    assert min(accuracy[6], accuracy[12], accuracy[16]) >= 85
+    assert accuracy[4] >= 50
+
+
+CHECKS = {"s4nd_tour": check_s4nd_tour}
+"""By notebook, what the text that it prints must say."""
+
+
+def test_every_notebook_is_checked():
+    assert [path.stem for path in NOTEBOOKS] == sorted(CHECKS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "IPYTHONDIR": str(tmp_path / "ipython")}
+    del environment["XLA_FLAGS"]  # the tests' 8 slow devices
+    notebook = nbformat.read(path, as_version=4)
+    committed = pictures(notebook)
+    client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client.execute(env=environment)
+    CHECKS[path.stem](printed(notebook))
+    assert pictures(notebook) == committed
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_committed_as_it_ran_from_top_to_bottom(path):
+    assert path.stat().st_size < 1_000_000
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert pictures(notebook) > 0
+    CHECKS[path.stem](printed(notebook))
