@@ -55,7 +55,7 @@ def _settle() -> None:
     before = -1.0
     while time.process_time() - before > 0.002:
         before = time.process_time()
-        time.sleep(0.01)
+        time.sleep(0.05)  # on a busy machine those threads may wait for a core
 
 
 def surroundings(*packages: str) -> dict[str, str]:
