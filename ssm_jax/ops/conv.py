@@ -68,7 +68,7 @@ def conv(
 
 
 _FASTEST = {
-    "cpu": [("toeplitz", 128)],  # measured: 1.3 times as fast as fft at 128, 6 times slower at 196
+    "cpu": [("toeplitz", 128)],  # measured: 1.3 times as fast as fft at 128, 3 times slower at 196
     "tpu": [("toeplitz", 64), ("dft", 768)],  # XLA's compile-time estimates for v5e, not a measurement
     "gpu": [("toeplitz", 128)],  # not measured
 }
