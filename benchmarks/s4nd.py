@@ -298,6 +298,8 @@ def main(_: list[str]) -> None:
     unknown = set(_SHAPES.value) - set(SHAPES)
     if unknown:
         raise app.UsageError(f"--shapes must be of {', '.join(SHAPES)}; got {', '.join(unknown)}.")
+    if getattr(FLAGS, "torch-s4") and not importlib.util.find_spec("torch"):
+        raise app.UsageError("--torch-s4 needs PyTorch: pip install torch.")
     pin(_CORES.value)
     if _KEEP_MEMORY.value:
         keep_memory()

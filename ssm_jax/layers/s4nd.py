@@ -76,7 +76,8 @@ class S4ND(nnx.Module):
             linear_output: return the convolution itself, (..., channels * features), without GELU and GLU.
             dropout: rate of dropout before the output map; a feature is dropped at all positions together.
             conv: how to convolve, a method of `ssm_jax.ops.conv`; they agree to rounding.
-            dtype: dtype of the input after a cast, of matrix products, and of the output; None: the input's.
+            dtype: dtype of the input after a cast, of matrix products, and of the output; None: the input's, which the
+                output map promotes to `param_dtype`.
             param_dtype: float32 or float64.
             rngs: source of the `params` stream.
             **kernel: `d_state`, `init`, `dt_min`, `dt_max`, `bandlimit`, ...: see `S4DKernel` and `DPLRKernel`.
@@ -138,7 +139,7 @@ class S4ND(nnx.Module):
             u: input, batch first and features last, any sizes between. In half precision, matrix products take it as it
                 is; spectra, and the sum with D u, are float32.
             rate: spacing of the grid relative to the one that dt refers to, = base resolution / this resolution;
-                a number, or one per axis.
+                a number, or one per axis. Under `jax.jit` it is static, as lengths are.
             rngs: source of the `dropout` stream, needed when training with dropout.
 
         Raises:
@@ -146,7 +147,7 @@ class S4ND(nnx.Module):
         """
         x = self._input(u, len(self.kernels))
         y = conv(x, self.sample_kernels(u.shape[1:-1], rate=rate), self._skip(), method=self.conv)
-        return self._mixed(y, rngs)
+        return self._mixed(y, rngs=rngs)
 
     def initial_state(self, batch: int) -> Complex[Array, "{batch} d_model n"]:
         """The state of `batch` sequences before their first position, zero: see `step`."""
@@ -159,7 +160,7 @@ class S4ND(nnx.Module):
         """Applies the layer to the next position of each sequence: the state after it, and its output.
 
         That is what calling the layer on the whole sequences gives there, at any number of positions up to `l_max`:
-        the convolution's kernel ends then, and the state goes on. In evaluation: there is no dropout.
+        the convolution's kernel ends then, and the state goes on. Dropout is left out, also in training mode.
 
         Each call discretises anew. In a `jax.lax.scan` over positions, XLA does that once before the loop.
 
@@ -210,13 +211,13 @@ class S4ND(nnx.Module):
     def _skip(self) -> Array | None:
         return None if self.dense else self.D[...]
 
-    def _mixed(self, y: Array, rngs: nnx.Rngs | None) -> Array:
+    def _mixed(self, y: Array, **dropout) -> Array:
         """What the layer makes of its convolution."""
         if self.dense:
             y = y.reshape(*y.shape[:-1], -1, self.d_model).sum(-1)
         if self.output is None:
             return y
-        y = self.dropout(nnx.gelu(y, approximate=False), rngs=rngs)
+        y = self.dropout(nnx.gelu(y, approximate=False), **dropout)
         value, gate = jnp.split(self.output(y), 2, axis=-1)
         return value * nnx.sigmoid(gate)
 
@@ -237,7 +238,7 @@ class S4ND(nnx.Module):
                 f"got {state.shape}, {state.dtype}."
             )
         state, y = advance(system, state, x)
-        return state, self._mixed(y.astype(x.dtype), None)
+        return state, self._mixed(y.astype(x.dtype), deterministic=True)
 
 
 def _per_axis(

@@ -110,6 +110,7 @@ _COMBINATIONS = {
     "all": ("legs", "fourier", "diag-inv", "diag-lin"),
 }
 
+_OPTIONS = ("real_scale", "imag_scale", "real_random", "imag_random", "B_init", "B_scale", "P_scale")
 _DIAGONAL = ("rand", *_FREQUENCIES)
 _INITS = sorted([*_HIPPO, *_COMBINATIONS, *(f"{kind}-{name}" for kind in ("diag", "dplr") for name in _DIAGONAL)])
 
@@ -140,8 +141,8 @@ def state_matrices(
             `unit-cw`, `unit-ccw` (powers of a root of unity) or `legs`; `B_scale` and `P_scale` multiply B and P.
 
     Raises:
-        ValueError: for an odd `d_state`, an unknown `init`, options of one that has none, an `n_ssm` that cannot be
-            divided, a `rank` below that of `init`, or a missing `key`.
+        ValueError: for an odd `d_state`, an unknown `init` or option, options of one that has none, an `n_ssm` that
+            cannot be divided, a `rank` below that of `init`, or a missing `key`.
     """
     if d_state < 2 or d_state % 2:
         raise ValueError(
@@ -174,6 +175,8 @@ def _system(
     """`n_ssm` systems of one kind."""
     if init not in _HIPPO:
         kind, name = init.split("-")
+        if unknown := sorted(options.keys() - set(_OPTIONS)):
+            raise ValueError(f"options of init={init!r} are {', '.join(_OPTIONS)}; got {', '.join(unknown)}.")
         return _diagonal(name, d_state, n_ssm, rank, key, **{"P_scale": float(kind == "dplr"), **options})
     if options:
         raise ValueError(f"init={init!r} has no options, only diag-* and dplr-* have; got {', '.join(options)}.")

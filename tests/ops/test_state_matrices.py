@@ -230,6 +230,7 @@ def test_random_frequencies_are_those_of_the_key():
         ({"init": "diag-rand", "d_state": 8}, "key must be given for an init with random parts"),
         ({"init": "diag-lin", "d_state": 8, "imag_random": True}, "key must be given for an init with random parts"),
         ({"init": "diag-lin", "d_state": 8, "B_init": "one"}, "B_init must be one of constant.*, got 'one'"),
+        ({"init": "diag-lin", "d_state": 8, "scale": 2.0}, "options of init='diag-lin' are real_scale, .*; got scale"),
         ({"init": "legs", "d_state": 8, "B_scale": 2.0}, "init='legs' has no options, only .*; got B_scale"),
         ({"init": "all", "d_state": 8, "n_ssm": 6}, "n_ssm must be a positive multiple of 4 for init='all', got 6"),
         (
