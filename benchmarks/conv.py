@@ -7,12 +7,11 @@ finds, and prints medians as ratios to the fastest. On a shared machine read the
 """
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import ROUNDS, medians
+from benchmarks.side_by_side import ROUNDS, jax_passes, medians
 from ssm_jax.ops.conv import METHODS, choose, conv
 
 _CHANNELS = flags.DEFINE_integer("channels", 128, "Channels of the input.")
@@ -21,23 +20,17 @@ _LENGTHS = flags.DEFINE_list("lengths", "7,14,28,56,96,128,196,256,512,1024", "L
 _ALONG_AXIS = [method for method in METHODS if method not in ("auto", "fft_nd")]
 
 
-def step(method: str, u: jax.Array, kernel: jax.Array):
-    """A compiled forward and backward pass."""
-
-    def loss(u, kernel):
-        return jnp.sum(conv(u, [kernel], method=method) ** 2)
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1))).lower(u, kernel).compile()
-
-
 def measure(length: int) -> dict[str, float]:
     """Median seconds by method."""
     channels = _CHANNELS.value
     batch = max(1, _ELEMENTS.value // (length * channels))
     u = jax.random.normal(jax.random.key(0), (batch, length, channels))
     kernel = jax.random.normal(jax.random.key(1), (2, 1, 1, channels, length)) / length
-    steps = {method: step(method, u, kernel) for method in _ALONG_AXIS}
-    return medians({name: lambda f=f: f(u, kernel) for name, f in steps.items()}, rounds=ROUNDS.value)
+    passes = {
+        method: jax_passes(lambda u, kernel, method=method: conv(u, [kernel], method=method), u, kernel)
+        for method in _ALONG_AXIS
+    }
+    return medians({method: each.backward for method, each in passes.items()}, rounds=ROUNDS.value)
 
 
 def main(_: list[str]) -> None:

@@ -26,15 +26,13 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import OUT, ROUNDS, keep_memory, medians, pin, surroundings
+from benchmarks.side_by_side import OUT, ROUNDS, Passes, jax_passes, keep_memory, medians, pin, surroundings
 from ssm_jax import S4ND
 from ssm_jax.pretrained import s4nd_from_torch
 
 _TORCH_S4 = flags.DEFINE_string("torch-s4", None, "Checkout of the official repository.")
 _MODE = flags.DEFINE_enum("mode", "diag", ["diag", "dplr"], "Kind of the kernels.")
 _CORES = flags.DEFINE_integer("cores", 1, "Cores to use of a CPU.", lower_bound=1)
-
-
 _KEEP_MEMORY = flags.DEFINE_bool(
     "keep-memory", False, "Keep freed memory, so that new pages, of which the release takes most, cost nothing."
 )
@@ -61,24 +59,8 @@ SHAPES = {
 }
 _SHAPES = flags.DEFINE_list("shapes", list(SHAPES), "Which of the shapes.")
 _RESOLUTIONS = (14, 28, 56, 112)
-
-
-class Passes(NamedTuple):
-    """A layer's forward pass, its forward and backward pass, ready to be called, and what memory the latter takes."""
-
-    forward: Callable[[], Any]
-    backward: Callable[[], Any]
-    peak_bytes: Callable[[], int]
-
-
-def jax_passes(f: Callable[..., jax.Array], *arguments: Any) -> Passes:
-    """Of f(*arguments), compiled; the loss is half the sum of squares, which needs the output."""
-    forward = jax.jit(f).lower(*arguments).compile()
-    gradients = jax.grad(lambda *arguments: jnp.sum(f(*arguments) ** 2) / 2, argnums=tuple(range(len(arguments))))
-    backward = jax.jit(gradients).lower(*arguments).compile()
-    memory = backward.memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return Passes(lambda: forward(*arguments), lambda: backward(*arguments), lambda: peak)
+_GROWTH = ((4, 48), (8, 96))  # batch and channels by which growth with resolution is measured
+_SHARE_BATCH = 128  # by which the part of kernel generation in a training step is
 
 
 def ours(layer: nnx.Module, u: jax.Array) -> Passes:
@@ -122,16 +104,15 @@ def torch_passes(module: Any, u: np.ndarray) -> Passes:
             torch.cuda.synchronize()
         return y.detach()
 
-    return Passes(
-        lambda: run(backward=False), lambda: run(backward=True), lambda: allocated(lambda: run(backward=True))
-    )
+    both = lambda: run(backward=True)  # noqa: E731
+    return Passes(lambda: run(backward=False), both, lambda: allocated(both, device))
 
 
-def allocated(function: Callable[[], Any]) -> int:
+def allocated(function: Callable[[], Any], device: str) -> int:
     """The most bytes that PyTorch has allocated at any time in `function`, beyond those that it had before."""
     import torch
 
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
@@ -230,18 +211,12 @@ def kernel_share(mode: str) -> float:
     return total["kernels"] / total["blocks"]
 
 
-_SHARE_BATCH = 128
-
-
-def growth(mode: str) -> tuple[dict[str, float], float]:
-    """Seconds of forward and backward by resolution (batch 4, 48 channels), and their slope over the pixel count.
-
-    The slope is that of a straight line through the logarithms.
-    """
+def growth(mode: str, batch: int, d_model: int) -> tuple[dict[str, float], float]:
+    """Seconds of forward and backward by resolution, and the slope of their logarithms over that of the pixel count."""
     functions = {}
     for size in _RESOLUTIONS:
-        layer = S4ND(48, mode=mode, linear_output=True, rngs=nnx.Rngs(0))
-        functions[str(size)] = ours(layer, jax.random.normal(jax.random.key(0), (4, size, size, 48))).backward
+        layer = S4ND(d_model, mode=mode, linear_output=True, rngs=nnx.Rngs(0))
+        functions[str(size)] = ours(layer, jax.random.normal(jax.random.key(0), (batch, size, size, d_model))).backward
     seconds = medians(functions, rounds=ROUNDS.value)
     pixels = 2 * np.log([float(size) for size in seconds])
     return seconds, float(np.polyfit(pixels, np.log(list(seconds.values())), 1)[0])
@@ -260,9 +235,9 @@ def others(results: dict[str, Any]) -> list[str]:
 
 def tables(results: dict[str, Any], mode: str) -> list[Table]:
     """Time and memory, a row for each shape: ours, and the others' as multiples of it."""
-    time = Table(title=f"S4ND ({mode}): time forward and backward (forward), others as multiples of it")
-    memory = Table(title=f"S4ND ({mode}): memory forward and backward, others as multiples of it")
-    for view, columns in [(time, ["shape", "ms", "of it kernels"]), (memory, ["shape", "MB"])]:
+    time = Table(title=f"S4ND ({mode}): ms forward and backward (forward), others as multiples of it")
+    memory = Table(title=f"S4ND ({mode}): MB forward and backward, others as multiples of it")
+    for view, columns in [(time, ["shape", "ms", "kernels alone"]), (memory, ["shape", "MB", "kernels alone"])]:
         for column in [*columns, *others(results)]:
             view.add_column(column, justify="right")
     for name, result in results.items():
@@ -272,7 +247,7 @@ def tables(results: dict[str, Any], mode: str) -> list[Table]:
         row = ["{:.2f} ({:.2f})".format(*ratios[other]) if other in ratios else "-" for other in others(results)]
         time.add_row(name, *ms, *row)
         row = [f"{size[other] / size['S4ND']:.2f}" if other in size else "-" for other in others(results)]
-        memory.add_row(name, f"{size['S4ND'] / 1e6:.0f}", *row)
+        memory.add_row(name, *(f"{size[part] / 1e6:.0f}" for part in ("S4ND", "kernels")), *row)
     return [time, memory]
 
 
@@ -298,19 +273,19 @@ def main(_: list[str]) -> None:
     unknown = set(_SHAPES.value) - set(SHAPES)
     if unknown:
         raise app.UsageError(f"--shapes must be of {', '.join(SHAPES)}; got {', '.join(unknown)}.")
-    if getattr(FLAGS, "torch-s4") and not importlib.util.find_spec("torch"):
+    has_torch = importlib.util.find_spec("torch") is not None
+    if _TORCH_S4.value and not has_torch:
         raise app.UsageError("--torch-s4 needs PyTorch: pip install torch.")
     pin(_CORES.value)
     if _KEEP_MEMORY.value:
         keep_memory()
     warnings.filterwarnings("ignore", module="src")  # of the release
     mode, console = _MODE.value, Console(width=160)
-    packages = ["jaxlib", *(["torch"] if importlib.util.find_spec("torch") else [])]
-    where = surroundings(*packages)
-    console.print(where)
+    where = surroundings("jaxlib", *["torch"] * has_torch) | {"keep_memory": str(_KEEP_MEMORY.value)}
+    console.print(where if has_torch else f"{where}; PyTorch is not installed: comparing with XLA only")
     results = {}
     for name in _SHAPES.value:
-        results[name] = measure(SHAPES[name], mode, getattr(FLAGS, "torch-s4"))
+        results[name] = measure(SHAPES[name], mode, _TORCH_S4.value)
         console.print(f"{name}: {1e3 * results[name]['backward']['S4ND']:.1f} ms")
     console.print(*tables(results, mode))
     means = {
@@ -318,25 +293,23 @@ def main(_: list[str]) -> None:
         for other in others(results)
         if all(other in result["backward"] for result in results.values())
     }
-    seconds, slope = growth(mode)
+    grown = {f"batch {batch}, {d_model} channels": growth(mode, batch, d_model) for batch, d_model in _GROWTH}
     share = kernel_share(mode)
     for other, mean in means.items():
         console.print(f"geometric mean of {other}: {mean:.2f} times")
-    console.print(f"time grows as pixels^{slope:.2f} from {_RESOLUTIONS[0]} to {_RESOLUTIONS[-1]} squared")
+    for name, (_, slope) in grown.items():
+        console.print(f"time grows as pixels^{slope:.2f} from {_RESOLUTIONS[0]} to {_RESOLUTIONS[-1]} squared, {name}")
     console.print(
         f"kernel generation: {100 * share:.1f} % of a training step of ConvNeXt-T's blocks, batch {_SHARE_BATCH}"
     )
     out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    where |= {"keep_memory": str(_KEEP_MEMORY.value)}
-    record = {"where": where, "mode": mode, "shapes": results, "geometric_mean": means, "slope": slope}
-    record |= {"seconds_by_resolution": seconds, "kernel_share": share}
+    record = {"where": where, "mode": mode, "shapes": results, "geometric_mean": means, "kernel_share": share}
+    record["growth"] = {name: {"seconds": seconds, "slope": slope} for name, (seconds, slope) in grown.items()}
     (out / f"s4nd_{mode}.json").write_text(json.dumps(record, indent=1) + "\n")
     picture(results, mode, where["device"]).savefig(out / f"s4nd_{mode}.png", dpi=120)
     console.print(f"results in {out}")
 
-
-FLAGS = flags.FLAGS
 
 if __name__ == "__main__":
     app.run(main)

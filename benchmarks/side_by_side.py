@@ -8,14 +8,33 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each function.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "runs/benchmarks", "Directory that the results go into.")
+
+
+class Passes(NamedTuple):
+    """A forward pass, a forward and backward pass, ready to be called, and what memory the latter takes."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[], Any]
+    peak_bytes: Callable[[], int]
+
+
+def jax_passes(f: Callable[..., jax.Array], *arguments: Any) -> Passes:
+    """Of f(*arguments), compiled; the loss is half the sum of squares, which needs the output."""
+    forward = jax.jit(f).lower(*arguments).compile()
+    gradients = jax.grad(lambda *arguments: jnp.sum(f(*arguments) ** 2) / 2, argnums=tuple(range(len(arguments))))
+    backward = jax.jit(gradients).lower(*arguments).compile()
+    memory = backward.memory_analysis()
+    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    return Passes(lambda: forward(*arguments), lambda: backward(*arguments), lambda: peak)
 
 
 def pin(cores: int) -> None:

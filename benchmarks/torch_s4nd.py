@@ -1,11 +1,12 @@
 """S4ND layers in PyTorch, to compare with: that of the authors' release, and two written plainly.
 
 `PlainS4ND` computes as the release does, by a Vandermonde matrix for every head and an N-D FFT over axes padded to
-twice their length. `SeparableS4ND` computes as `ssm_jax` does: what it gains is the algorithm, what `ssm_jax` gains
-beyond it is XLA.
+twice their length. `SeparableS4ND` computes as `ssm_jax` does on a CPU, but that it keeps for the backward pass what
+`ssm_jax` computes again: what it gains is the algorithm, what `ssm_jax` gains beyond it is XLA.
 """
 
 import importlib
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,7 @@ class PlainS4ND(torch.nn.Module):
         """One FFT over all axes."""
         lengths, dims = u.shape[2:], tuple(range(2, u.ndim))
         sizes = [2 * length for length in lengths]
-        spectrum = torch.ones((), dtype=torch.complex64)
+        spectrum = 1
         for dim, kernel in zip(dims, kernels, strict=True):
             transform = torch.fft.rfft if dim == dims[-1] else torch.fft.fft
             shape = [1, len(kernel), *[1] * len(dims)]
@@ -104,16 +105,15 @@ class _Axis(torch.nn.Module):
     @staticmethod
     def vandermonde(v: torch.Tensor, z: torch.Tensor, length: int) -> torch.Tensor:
         """Re sum_n v_n exp(l z_n), with all the powers."""
-        powers = torch.exp(z[..., None] * torch.arange(length))
+        powers = torch.exp(z[..., None] * torch.arange(length, device=z.device))
         return torch.einsum("khn,hnl->khl", v, powers).real
 
     @staticmethod
     def two_levels(v: torch.Tensor, z: torch.Tensor, length: int) -> torch.Tensor:
         """The same as a product of two small matrices (`ssm_jax.ops.vandermonde`)."""
-        inner = length if length <= 16 else int(np.ceil(np.sqrt(len(v) * length)))
-        outer = -(-length // inner)
-        v = v[:, :, None] * torch.exp(z[:, None] * inner * torch.arange(outer)[:, None])
-        powers = torch.exp(z[:, None] * torch.arange(inner)[:, None])
+        inner = math.ceil(math.sqrt(len(v) * length))
+        v = v[:, :, None] * _powers(inner * z, -(-length // inner))
+        powers = _powers(z, inner)
         weights = torch.cat([v.real, v.imag], -1).movedim(0, 1).flatten(1, 2)
         product = weights @ torch.cat([powers.real, -powers.imag], -1).transpose(1, 2)
         return product.view(len(z), len(v), -1)[..., :length].movedim(1, 0)
@@ -125,9 +125,9 @@ class _Axis(torch.nn.Module):
         E = 1 / (1 - z * A)
         probe = P.conj() * E
         overlap = 2 * torch.einsum("rhn,shn->hrs", probe, P.expand_as(probe)).real
-        inverse = torch.linalg.inv(torch.eye(len(P)) + z[..., None] * overlap).to(P.dtype)
-        gain = 2 * z * E * torch.einsum("rhn,hrs->shn", P.expand_as(probe), inverse)
-        x = 2 * z * (E * B - (gain / 2 * 2 * (probe * B).sum(-1, keepdim=True).real).sum(0))
+        small = torch.eye(len(P), device=P.device) + z[..., None] * overlap
+        gain = 2 * z * E * torch.einsum("rhn,hrs->shn", P.expand_as(probe), torch.linalg.inv(small).to(P.dtype))
+        x = 2 * z * (E * B - (gain * (probe * B).sum(-1, keepdim=True).real).sum(0))
         decay = (1 + z * A) * E
         states = []
         for _ in range(length):
@@ -138,6 +138,15 @@ class _Axis(torch.nn.Module):
 
 def _parameter(x: Any) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.tensor(np.asarray(x)))
+
+
+def _powers(z: torch.Tensor, count: int) -> torch.Tensor:
+    """exp(l z), l = 0 .. count-1, by products: (heads, count, modes)."""
+    x = torch.exp(z)
+    powers = [torch.ones_like(x)]
+    for _ in range(count - 1):
+        powers.append(powers[-1] * x)
+    return torch.stack(powers, 1)
 
 
 def _circle(kernel: torch.Tensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ def test_slow_functions_drop_out_of_later_rounds(monkeypatch):
 
 def test_passes_are_the_function_and_its_gradients():
     x, y = jnp.arange(3.0), jnp.full(3, 2.0)
-    passes = s4nd.jax_passes(lambda x, y: x * y, x, y)
+    passes = side_by_side.jax_passes(lambda x, y: x * y, x, y)
     np.testing.assert_allclose(passes.forward(), x * y)
     np.testing.assert_allclose(passes.backward(), (x * y * y, x * x * y))  # of half the sum of squares
     assert passes.peak_bytes() >= 2 * x.nbytes
@@ -58,7 +58,7 @@ RESULT = {
 def test_tables_show_ratios_to_our_layer():
     time, memory = s4nd.tables({"one": RESULT}, "diag")
     assert [list(column.cells) for column in time.columns] == [["one"], ["2.0 (1.0)"], ["1.0 (0.5)"], ["4.00 (3.00)"]]
-    assert [list(column.cells) for column in memory.columns] == [["one"], ["2"], ["4.50"]]
+    assert [list(column.cells) for column in memory.columns] == [["one"], ["2"], ["1"], ["4.50"]]
 
 
 def test_picture_shows_the_ratios():
@@ -71,6 +71,7 @@ def test_run_writes_what_it_measured(monkeypatch, tmp_path):
     shapes = {"small": s4nd.Shape(2, (4, 3), 4, (3, 3), 2), "sequence": s4nd.Shape(2, (5,), 4, None)}
     monkeypatch.setattr(s4nd, "SHAPES", shapes)
     monkeypatch.setattr(s4nd, "_RESOLUTIONS", (2, 4))
+    monkeypatch.setattr(s4nd, "_GROWTH", [(1, 2)])
     monkeypatch.setattr(s4nd, "_SHARE_BATCH", 1)
     monkeypatch.setattr(s4nd, "pin", lambda cores: None)
     flags.FLAGS.mark_as_parsed()
@@ -82,7 +83,7 @@ def test_run_writes_what_it_measured(monkeypatch, tmp_path):
     assert "XLA, depthwise" not in record["shapes"]["sequence"]["backward"]
     assert all(seconds > 0 for seconds in record["shapes"]["small"]["backward"].values())
     assert record["where"]["jax"] == jax.__version__
-    assert list(record["seconds_by_resolution"]) == ["2", "4"]
+    assert [list(each["seconds"]) for each in record["growth"].values()] == [["2", "4"]]
     assert 0 < record["kernel_share"] < 1
     with Image.open(tmp_path / "s4nd_diag.png") as picture:
         assert picture.width > 500
@@ -104,6 +105,17 @@ def test_layers_in_pytorch_are_ours(mode, lengths):
         (y.square().sum() / 2).backward()
         for ours, theirs in [(expected, y.detach()), (expected_u, x.grad)]:
             np.testing.assert_allclose(np.moveaxis(theirs.numpy(), 1, -1), ours, rtol=0, atol=1e-5 * np.abs(ours).max())
+
+
+@pytest.mark.parametrize("mode", ["diag", "dplr"])
+def test_layers_in_pytorch_stay_on_the_device_of_their_input(mode):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from benchmarks.torch_s4nd import PlainS4ND, SeparableS4ND
+
+    layer = S4ND(4, dims=2, mode=mode, linear_output=True, rngs=nnx.Rngs(0))
+    for module in (PlainS4ND(layer), SeparableS4ND(layer)):
+        y = module.to("meta")(torch.zeros(2, 4, 5, 3, device="meta"))  # a device other than the CPU, without values
+        assert (y.device.type, y.shape) == ("meta", (2, 4, 5, 3))
 
 
 def test_a_folder_without_the_release_is_rejected(tmp_path):
