@@ -86,10 +86,20 @@ def chip() -> SingleDeviceSharding:
     return SingleDeviceSharding(topology.devices[0])
 
 
+class Kernels(S4ND):
+    """A layer that stops at its kernels, which are float32 whatever the dtype."""
+
+    def __call__(self, u: jax.Array) -> list[jax.Array]:
+        """Samples them for an input."""
+        return self.sample_kernels(u.shape[1:-1])
+
+
 def layer(method: str, dims: int, channels: int, dtype: DTypeLike) -> nnx.Module:
-    """S4ND by a method of `ssm_jax.ops.conv`, or the `depthwise` convolution; abstract, without values."""
+    """S4ND by a method of `ssm_jax.ops.conv`, its `kernels` alone, or the `depthwise` convolution; without values."""
     if method == "depthwise":
         build = functools.partial(nnx.Conv, channels, channels, WINDOWS[dims], feature_group_count=channels)
+    elif method == "kernels":
+        build = functools.partial(Kernels, channels, dims=dims, linear_output=True)
     else:
         build = functools.partial(S4ND, channels, dims=dims, linear_output=True, conv=method)
     return nnx.eval_shape(lambda: build(dtype=dtype, rngs=nnx.Rngs(0)))
@@ -101,14 +111,18 @@ def lower(
     """The forward and backward pass of an abstract module, as a TPU runs it, to be compiled."""
     graphdef, parameters = nnx.split(module)
 
+    def forward(parameters, u):
+        return nnx.merge(graphdef, parameters)(u)
+
     def step(parameters, u, cotangent):
-        y, backward = jax.vjp(lambda parameters, u: nnx.merge(graphdef, parameters)(u), parameters, u)
+        y, backward = jax.vjp(forward, parameters, u)
         return y, backward(cotangent)
 
     u = jax.ShapeDtypeStruct(shape, dtype)
     # What depends on the backend in use, such as the choice of a method, is to be what it is on a TPU.
     with mock.patch.object(jax, "default_backend", return_value="tpu"):
-        return jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(parameters, u, u)
+        cotangent = jax.eval_shape(forward, parameters, u)
+        return jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(parameters, u, cotangent)
 
 
 def estimate(compiled: jax.stages.Compiled) -> Estimate:
@@ -146,7 +160,7 @@ def scheduled_cycles(hlo: str) -> float:
 def picture(estimates: Mapping[tuple[str, str], Estimate], title: str) -> Figure:
     """Bars of time by (case, method), relative to `depthwise`."""
     cases = list(dict.fromkeys(case for case, _ in estimates))
-    methods = list(dict.fromkeys(method for _, method in estimates if method != "depthwise"))
+    methods = list(dict.fromkeys(method for _, method in estimates if method not in ("depthwise", "kernels")))
     figure = Figure(figsize=(max(7, 1.4 * len(cases)), 3.8), layout="constrained")
     axes = figure.subplots()
     width = 0.8 / len(methods)
@@ -187,7 +201,7 @@ def main(_: list[str]) -> None:
     programs: dict[str, Estimate] = {}  # `auto` is often one of the others
     for case in _CASES.value:
         shape, dims, channels = CASES[case], len(CASES[case]) - 2, CASES[case][-1]
-        for method in ["depthwise", *_METHODS.value]:
+        for method in ["depthwise", "kernels", *_METHODS.value]:
             lowered = lower(layer(method, dims, channels, _DTYPE.value), shape, _DTYPE.value, sharding)
             program = lowered.as_text()
             if program not in programs:

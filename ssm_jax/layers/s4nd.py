@@ -151,7 +151,7 @@ class S4ND(nnx.Module):
 
     def initial_state(self, batch: int) -> Complex[Array, "{batch} d_model n"]:
         """The state of `batch` sequences before their first position, zero: see `step`."""
-        B = self._recurrence(1.0).B
+        B = jax.eval_shape(lambda: self._recurrence(1.0)).B
         return jnp.zeros((batch, *B.shape), B.dtype)
 
     def step(
@@ -187,7 +187,7 @@ class S4ND(nnx.Module):
         """Applies the layer to the next `length` positions: the state after them, and their outputs.
 
         As `step`, but by matrix products for `chunk` positions at a time, see `ssm_jax.ops.recurrent_scan`: on CPU in
-        the time of the convolution, and with gradients in up to twice that.
+        about the time of the convolution.
         """
         return self._advance(functools.partial(recurrent_scan, chunk=chunk), state, self._input(u, 1), rate)
 

@@ -15,8 +15,9 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
     """Wraps `fn(x, *weights)` so that each device computes its rows of `x` (batch first) with all of the weights.
 
     XLA cannot partition an FFT over its batch dimensions (openxla/xla#24): under plain `jit`, CPUs and GPUs gather
-    the whole batch on every device, and TPUs gather per-device kernel gradients. Inside `shard_map` the only
-    collective left is the all-reduce of the weights' gradients.
+    the whole batch on every device, and TPUs gather per-device kernel gradients. Nor does it keep a batch divided that
+    is merged with another axis before it. Inside `shard_map` the only collective left is the all-reduce of the weights'
+    gradients.
 
     The mesh is the one in context (`jax.set_mesh`). Without one, or inside another `shard_map`, `fn` runs as it is.
     Raises ValueError if the batch is not divisible by the devices it is divided over.

@@ -57,8 +57,8 @@ def conv(
         methods = [choose(length) if method == "auto" else method for length in lengths]
         convolve = functools.partial(_separable, [_ALONG_AXIS[name] for name in methods])
     y = batch_local(convolve)(u, kernels)
-    # Channels and heads are one axis from here on: around an axis of one channel XLA on CPU fuses badly (1.3 to 1.6
-    # times the time, with a GELU that follows).
+    # Channels and heads are one axis from here on: around an axis of one channel XLA on CPU computes what follows, and
+    # its gradient, once for each of its users.
     y = y.reshape(*u.shape[:-1], -1)
     if D is not None:
         wide = at_least_float32(u.dtype)

@@ -66,6 +66,12 @@ def test_layers_keep_the_shape_of_their_case(case, method):
     assert nnx.eval_shape(lambda layer, u: layer(u), layer, u) == u
 
 
+def test_kernels_alone_are_those_of_the_layer():
+    kernels = tpu_aot.layer("kernels", 2, 8, "bfloat16")
+    shapes = nnx.eval_shape(lambda layer, u: layer(u), kernels, jax.ShapeDtypeStruct((2, 5, 3, 8), jnp.bfloat16))
+    assert [(x.shape, x.dtype) for x in shapes] == [((2, 1, 1, 8, n), jnp.float32) for n in (5, 3)]
+
+
 def test_picture_shows_times_relative_to_the_depthwise_convolution():
     def milliseconds(x):
         return Estimate(x, 0, 0, 0)
@@ -73,6 +79,7 @@ def test_picture_shows_times_relative_to_the_depthwise_convolution():
     figure = tpu_aot.picture(
         {
             ("a", "depthwise"): milliseconds(2.0),
+            ("a", "kernels"): milliseconds(0.5),
             ("a", "toeplitz"): milliseconds(1.0),
             ("a", "dft"): milliseconds(3.0),
             ("b", "depthwise"): milliseconds(4.0),

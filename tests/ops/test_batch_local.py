@@ -152,3 +152,9 @@ def test_uneven_batch_is_rejected(axes):
     u, kernels = inputs(batch=12)
     with jax.set_mesh(make_mesh(axes)), pytest.raises(ValueError, match=r"batch size must be a multiple of 8.*got 12"):
         jax.jit(fft)(u, kernels)
+
+
+def test_xla_alone_would_gather_the_batch_of_matrix_products_too(mesh, monkeypatch):
+    monkeypatch.setattr(sys.modules["ssm_jax.ops.conv"], "batch_local", lambda fn: fn)
+    u, kernels = inputs()
+    assert "all-gather" in collectives(lambda kernels, u: conv(u, kernels, method="toeplitz"), mesh, kernels, u)
