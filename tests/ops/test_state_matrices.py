@@ -132,6 +132,13 @@ def test_diag_legs_is_legs_without_low_rank():
     np.testing.assert_allclose(diagonal.A, legs.A, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("init", "options"), [("dplr-legs", {}), ("dplr-lin", {"B_init": "legs"})])
+def test_low_rank_part_is_that_of_legs_where_the_input_is(init, options):
+    legs, start = state_matrices("legs", 16), state_matrices(init, 16, **options)
+    np.testing.assert_array_equal(start.B, legs.B)
+    np.testing.assert_array_equal(start.P, legs.P)
+
+
 def test_large_inputs_of_legs_are_clipped():
     """11 of 32 modes have |B| up to 41; S4D would otherwise hear only the largest."""
     _, B, _, _ = diagonalize(*hippo("legs", 64))
