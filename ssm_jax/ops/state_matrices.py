@@ -129,16 +129,17 @@ def state_matrices(
     Args:
         init: `diag-lin`, `diag-inv`, `diag-inv2`, `diag-quad`, `diag-real`, `diag-legs` (S4D, section 4) or `diag-rand`
             (log-normal frequencies); `dplr-lin`, ...: the same A, and P complex normal, but that of LegS for
-            `dplr-legs`; `legs`, `legt`, `fourier` (HiPPO matrices); or several, each for an equal part of the systems: `hippo` for legs and fourier, `diag`
-            for diag-inv and diag-lin, `all` for these four.
+            `dplr-legs`; `legs`, `legt`, `fourier` (HiPPO matrices); or several, each for an equal part of the systems:
+            `hippo` for legs and fourier, `diag` for diag-inv and diag-lin, `all` for these four.
         d_state: real states, even.
         n_ssm: number of systems.
         rank: rows of P, those that `init` does not need being 0; None for as many as it needs.
         key: what is random is drawn from it.
         **options: of the `diag-*` and `dplr-*` ones: `real_scale` and `imag_scale` multiply the parts of A;
             `real_random` draws -Re A before that from [0, 1) instead of 1/2 (`diag-real`: from [0, d_state / 2)), and
-            `imag_random` the mode numbers n, from [0, d_state / 2), in the formula of the frequencies; `B_init` is `constant`, `random`, `alternating`,
-            `unit-cw`, `unit-ccw` (powers of a root of unity) or `legs`; `B_scale` and `P_scale` multiply B and P.
+            `imag_random` the mode numbers n, from [0, d_state / 2), in the formula of the frequencies; `B_init` is
+            `constant`, `random`, `alternating`, `unit-cw`, `unit-ccw` (powers of a root of unity) or `legs`; `B_scale`
+            and `P_scale` multiply B and P.
 
     Raises:
         ValueError: for an odd `d_state`, an unknown `init` or option, options of one that has none, an `n_ssm` that
