@@ -1,5 +1,7 @@
 """Linear layers with the initial values of the papers' PyTorch code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -28,3 +30,10 @@ def linear(
     return nnx.Linear(
         in_features, out_features, kernel_init=init, bias_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )
+
+
+# The originals cut the normal distribution at +-2, a hundred standard deviations away.
+normal_init = jax.nn.initializers.normal(0.02)
+
+normal_linear = functools.partial(nnx.Linear, kernel_init=normal_init)
+"""An `nnx.Linear` that starts as those of vision transformers and ConvNeXt: weights N(0, 0.02^2), biases 0."""

@@ -10,10 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.linear import linear, uniform_init
+from ssm_jax.layers.norm import LayerNorm
 from ssm_jax.layers.s4nd import S4ND
-
-# PyTorch's constants; the two-pass variance because E[x^2] - E[x]^2 loses digits where the mean is large.
-LayerNorm = functools.partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 class ConvMixer2D(nnx.Module):
@@ -107,16 +105,23 @@ class Isotropic(nnx.Module):
             Block(d_model, mixer=mixer, dropout=dropout, **dtypes, rngs=rngs) for _ in range(n_layers)
         )
         self.norm = LayerNorm(d_model, **dtypes, rngs=rngs)
-        self.decoder = linear(d_model, num_classes, **dtypes, rngs=rngs)
+        self.head = linear(d_model, num_classes, **dtypes, rngs=rngs)
+
+    def features(
+        self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
+    ) -> tuple[Float[Array, "b h w d"]]:
+        """The map after all blocks, at the images' own resolution."""
+        x = self.encoder(images)
+        for block in self.blocks:
+            x = block(x, rate=rate, rngs=rngs)
+        return (x,)
 
     def __call__(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b num_classes"]:
         """Returns logits. `rate` = base resolution / resolution of these images goes to every mixer."""
-        x = self.encoder(images)
-        for block in self.blocks:
-            x = block(x, rate=rate, rngs=rngs)
-        return self.decoder(self.norm(x).mean(axis=(1, 2)))
+        (x,) = self.features(images, rate=rate, rngs=rngs)
+        return self.head(self.norm(x).mean(axis=(1, 2)))
 
 
 def isotropic_s4nd(num_classes: int, *, mixer: Mapping[str, Any] | None = None, **network: Any) -> Isotropic:

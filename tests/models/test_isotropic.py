@@ -54,7 +54,7 @@ def test_network_is_encoder_residual_blocks_norm_mean_and_decoder(name, rate):
     x = linear(images(2, 5, 4, 3), model.encoder)
     for block in model.blocks:
         x = x + call(block.mixer, norm(x, block.norm), rate=rate)
-    expected = linear(norm(x, model.norm).mean(axis=(1, 2)), model.decoder)
+    expected = linear(norm(x, model.norm).mean(axis=(1, 2)), model.head)
     logits = call(model, images(2, 5, 4, 3), rate=rate)
     assert logits.shape == (2, 3)
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
