@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,7 @@ class S4ND(nnx.Module):
         linear_output: bool = False,
         dropout: float = 0.0,
         conv: str = "auto",
+        per_axis: Sequence[Mapping[str, Any]] | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -76,6 +78,7 @@ class S4ND(nnx.Module):
             linear_output: return the convolution itself, (..., channels * features), without GELU and GLU.
             dropout: rate of dropout before the output map; a feature is dropped at all positions together.
             conv: how to convolve, a method of `ssm_jax.ops.conv`; they agree to rounding.
+            per_axis: for each axis, those options of its kernels that are not those of `**kernel`.
             dtype: dtype of the input after a cast, of matrix products, and of the output; None: the input's, which the
                 output map promotes to `param_dtype`.
             param_dtype: float32 or float64.
@@ -89,6 +92,8 @@ class S4ND(nnx.Module):
             raise ValueError(f"dims must be at least 1, got {dims}.")
         self.l_max = _per_axis("l_max", l_max, dims, least=1)
         l_kernels = _per_axis("l_kernel", l_kernel, dims, least=0)
+        if per_axis is not None and len(per_axis) != dims:
+            raise ValueError(f"per_axis must have options for each of {dims} axes, got {len(per_axis)}.")
         if out_channels is not None and out_channels < 1:
             raise ValueError(f"out_channels must be at least 1, or None for d_model, got {out_channels}.")
         if not 0 <= dropout < 1:
@@ -98,16 +103,18 @@ class S4ND(nnx.Module):
         if conv not in METHODS:
             raise ValueError(f"conv must be one of {', '.join(METHODS)}, got {conv!r}.")
         self.d_model = d_model
-        self.dense = out_channels is not None
+        self.out_channels = out_channels
         self.conv = conv
         self.dtype = dtype
         options = {"channels": channels * (out_channels or 1), "param_dtype": param_dtype, "rngs": rngs, **kernel}
         self.kernels = nnx.List(
-            _KERNELS[mode](d_model, **options, **({} if l_kernel is None else {"l_kernel": length or l_max or 0}))
-            for length, l_max in zip(l_kernels, self.l_max, strict=True)
+            _KERNELS[mode](
+                d_model, **options | dict(own), **({} if l_kernel is None else {"l_kernel": length or l_max or 0})
+            )
+            for length, l_max, own in zip(l_kernels, self.l_max, per_axis or ({},) * dims, strict=True)
         )
         features = channels * (out_channels or d_model)
-        if not self.dense:
+        if out_channels is None:
             self.D = nnx.Param(jax.random.normal(rngs.params(), (channels, d_model), param_dtype))
         self.dropout = nnx.Dropout(dropout, broadcast_dims=tuple(range(1, dims + 1)))
         if linear_output:
@@ -209,11 +216,11 @@ class S4ND(nnx.Module):
         return rates
 
     def _skip(self) -> Array | None:
-        return None if self.dense else self.D[...]
+        return self.D[...] if self.out_channels is None else None
 
     def _mixed(self, y: Array, **dropout) -> Array:
         """What the layer makes of its convolution."""
-        if self.dense:
+        if self.out_channels is not None:
             y = y.reshape(*y.shape[:-1], -1, self.d_model).sum(-1)
         if self.output is None:
             return y

@@ -245,10 +245,10 @@ class DPLRKernel(S4DKernel):
         start = state_matrices(**initial, n_ssm=sets, rank=rank, key=rngs.params(), **init_options or {})
         self.P = SSMParam(_pair(start.P).astype(self.B.dtype))
 
-    def restore_read_outs(self) -> None:
-        """Replaces read-outs C (I - Abar^l_kernel), which S4's release trains, by the C that they stand for."""
+    def restore_read_outs(self, length: int) -> None:
+        """Replaces read-outs C (I - Abar^length), which S4's release trains, by the C that they stand for."""
         A, _, C, dt = self.continuous()
-        restored = truncate(A, C, self._low_rank(), dt, self.l_kernel or 0, inverse=True)
+        restored = truncate(A, C, self._low_rank(), dt, length, inverse=True)
         self.C[...] = _pair(restored).reshape(self.C.shape)
 
     def _low_rank(self) -> Complex[Array, "rank h_or_1 n"]:

@@ -1,17 +1,29 @@
 """Residual blocks one after another: as they are, rematerialised, or as one loop over equal blocks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+
+def _real(policy: Callable[..., Any]) -> Callable[..., bool]:
+    """A policy that keeps no complex numbers: JAX's own ones fail on them."""
+
+    def saveable(primitive: Any, *avals: Any, **params: Any) -> bool:
+        is_complex = any(jnp.issubdtype(aval.dtype, jnp.complexfloating) for aval in avals)
+        return bool(policy(primitive, *avals, **params)) and not is_complex
+
+    return saveable
+
+
 REMAT = {
     "none": None,
     "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
-    "dots_saveable": jax.checkpoint_policies.dots_saveable,
-    "dots_with_no_batch_dims_saveable": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots_saveable": _real(jax.checkpoint_policies.dots_saveable),
+    "dots_with_no_batch_dims_saveable": _real(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 """What the backward pass keeps of each block instead of computing it again, by JAX's names; `none`: all it needs."""
 
@@ -64,36 +76,33 @@ class Stack(nnx.Module):
         if self.remat == "none":
             return block(x, drop_path, rngs=_rngs(key), **arguments)
         graphdef, values = _split(block)
-        f = jax.checkpoint(
-            lambda values, x, key: _apply(graphdef, values, x, drop_path, key, arguments), policy=REMAT[self.remat]
-        )
-        x, changed = f(values, x, key)
+        f = functools.partial(_apply, graphdef, drop_path=drop_path, arguments=arguments)
+        x, changed = jax.checkpoint(f, policy=REMAT[self.remat])(values, x, key)
         nnx.update(block, changed)
         return x
 
     def _loop(self, groups: list[list[int]], x: Any, keys: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
         """Groups of blocks, given by their numbers, that differ only in values."""
-        kinds = [[_split(self.blocks[i]) for i in group] for group in groups]
-        graphdefs = [graphdef for graphdef, _ in kinds[0]]
+        graphdefs = [nnx.graphdef(self.blocks[i]) for i in groups[0]]
 
-        def per_group(of_block):
+        def stacked(of_block: Callable[[int], Any]) -> Any:
             return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[[of_block(i) for i in group] for group in groups])
 
-        def body(x, inputs):
+        def body(x: Any, inputs: Any) -> tuple[Any, Any]:
             changed = []
             for graphdef, values, drop_path, key in zip(graphdefs, *inputs, strict=True):
-                f = lambda values, x, key, drop_path, graphdef=graphdef: _apply(  # noqa: E731
-                    graphdef, values, x, drop_path, key, arguments
-                )
+                # A rate of 0 is no drop path, and needs no key.
+                f = functools.partial(_apply, graphdef, drop_path=drop_path if dropping else 0.0, arguments=arguments)
                 if self.remat != "none":
                     f = jax.checkpoint(f, policy=REMAT[self.remat], prevent_cse=False)  # a loop prevents it already
-                x, new = f(values, x, key, drop_path)
+                x, new = f(values, x, key)
                 changed.append(new)
             return x, changed
 
-        values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[[values for _, values in kind] for kind in kinds])
-        rates = per_group(lambda i: jnp.asarray(self.drop_path[i], jnp.float32))
-        x, changed = jax.lax.scan(body, x, (values, rates, per_group(lambda i: keys[i])))
+        dropping = any(self.drop_path)
+        values = stacked(lambda i: _split(self.blocks[i])[1])
+        rates = stacked(lambda i: jnp.asarray(self.drop_path[i], jnp.float32))
+        x, changed = jax.lax.scan(body, x, (values, rates, stacked(lambda i: keys[i])))
         for number, group in enumerate(groups):
             for new, i in zip(changed, group, strict=True):
                 nnx.update(self.blocks[i], jax.tree.map(lambda leaf, number=number: leaf[number], new))
@@ -128,9 +137,12 @@ def _rngs(key: Any) -> nnx.Rngs | None:
 
 
 def _apply(
-    graphdef: nnx.GraphDef, values: Any, x: Any, drop_path: Any, key: Any, arguments: Mapping[str, Any]
+    graphdef: nnx.GraphDef, values: Any, x: Any, key: Any, *, drop_path: Any, arguments: Mapping[str, Any]
 ) -> tuple[Any, Any]:
-    """A block as a function of its values: its output, and what it changed, such as batch statistics."""
+    """A block as a function of its values: its output, and those that it changed, such as batch statistics."""
     block = nnx.merge(graphdef, values, copy=True)
+    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(block))}
     x = block(x, drop_path, rngs=_rngs(key), **arguments)
-    return x, nnx.to_pure_dict(nnx.state(block, nnx.Not(nnx.Param)))
+    after = nnx.to_flat_state(nnx.state(block))
+    changed = [(path, variable) for path, variable in after if variable.get_value() is not before[path]]
+    return x, nnx.to_pure_dict(nnx.from_flat_state(changed))
