@@ -83,4 +83,4 @@ class BatchNorm(nnx.Module):
     def _move(self, statistic: nnx.BatchStat, value: Float[Array, " c"]) -> None:
         """Moves a running statistic towards the value of this batch."""
         value = jax.lax.stop_gradient(value).astype(statistic.dtype)
-        statistic[...] = self.momentum * statistic[...] + (1 - self.momentum) * value
+        statistic.set_value(self.momentum * statistic[...] + (1 - self.momentum) * value)

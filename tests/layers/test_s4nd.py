@@ -59,7 +59,7 @@ def layer_oracle(layer, u, rates):
     ]
     y = direct_convolution(u, kernels)
     y = y.reshape(*u.shape[:-1], -1, u.shape[-1])
-    y = y.sum(-1) if layer.dense else y + f64(layer.D[...]) * u[..., None, :]
+    y = y.sum(-1) if layer.out_channels else y + f64(layer.D[...]) * u[..., None, :]
     y = y.reshape(*u.shape[:-1], -1)
     if layer.output is None:
         return y

@@ -1,0 +1,41 @@
+"""Convolutions of residual networks."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+kaiming_normal = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+"""Keeps the size of gradients through convolution and ReLU (He et al., 2015, arXiv:1502.01852, section 2.2)."""
+
+
+def conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    use_bias: bool = False,
+    rngs: nnx.Rngs,
+    **options: Any,
+) -> nnx.Conv:
+    """A k x k `nnx.Conv`, padded by k // 2 on all sides as in PyTorch: at stride 1 the map keeps its size.
+
+    `options` are those of `nnx.Conv`, such as `dtype` and `bias_init`. Raises ValueError for an even `kernel_size`.
+    """
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
+    # Not "SAME", which pads a strided convolution less at the start than at the end.
+    return nnx.Conv(
+        in_channels,
+        out_channels,
+        (kernel_size, kernel_size),
+        strides=stride,
+        padding=((kernel_size // 2, kernel_size // 2),) * 2,
+        feature_group_count=groups,
+        use_bias=use_bias,
+        kernel_init=kaiming_normal,
+        rngs=rngs,
+        **options,
+    )
