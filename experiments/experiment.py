@@ -132,7 +132,7 @@ def build(config: Config) -> Experiment:
     """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
     check(config)
     with section(config, "data"):
-        dataset = load_dataset(config.data.name, config.data.dir or None)
+        dataset = load_dataset(config.data.name, config.data.dir or None, image_size=config.data.image_size)
         _augment(config)
     with section(config, "mesh"):
         mesh = make_mesh(config.mesh.to_dict())

@@ -10,8 +10,9 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # of matrix products: float32 or bfloat16; state spaces and FFTs stay float32
             "model": {"name": ""},  # of ssm_jax.list_models(), with arguments of its constructor
             "data": {
-                "name": "",  # digits or cifar10
-                "dir": "",  # folder of the prepared dataset; "": ~/tensorflow_datasets
+                "name": "",  # digits, cifar10 or image_folder
+                "dir": "",  # of the dataset; "": ~/tensorflow_datasets, or ~/imagenet for an image folder
+                "image_size": config_dict.placeholder(int),  # base resolution of an image folder
                 "resolution": config_dict.placeholder(int),  # of training images; None: the dataset's own
                 "crop_padding": 0,
                 "flip": False,

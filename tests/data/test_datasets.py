@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ssm_jax.data.datasets import load_dataset
 
@@ -117,6 +118,85 @@ def test_an_empty_folder_is_answered_like_a_missing_one(tmp_path):
         load_dataset("cifar10", str(tmp_path))
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes in train and one of them in val; colours tell which file an image is from."""
+    sizes = {
+        "train/ant/a.JPEG": (40, 20),
+        "train/ant/b.png": (20, 40),
+        "train/bee/c.jpg": (16, 16),
+        "val/bee/d.png": (8, 8),
+    }
+    for i, (name, size) in enumerate(sizes.items()):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new("RGB", size, (200, 50 * i, 0))
+        image.paste((0, 50 * i, 200), (0, 0, 2, size[1]))  # a margin that is cut off from wide images
+        image.save(path)
+    (tmp_path / "train/ant/notes.txt").write_text("no image")
+    return tmp_path
+
+
+def test_image_folders_are_labelled_by_class_in_alphabetical_order(folder):
+    dataset = load_dataset("image_folder", str(folder), image_size=8)
+    assert dataset.class_names == ("ant", "bee")
+    assert [dataset.splits["train"][i]["label"] for i in range(3)] == [0, 0, 1]
+    assert [example["label"] for example in dataset.splits["test"]] == [1]
+    assert len(dataset.splits["val"]) == 1
+
+
+def test_image_folders_give_the_middle_square_at_the_size_asked_for(folder):
+    dataset = load_dataset("image_folder", str(folder), image_size=8)
+    wide, high, square = (dataset.splits["train"][i]["image"] for i in range(3))
+    for i, image in enumerate((wide, high, square)):
+        assert image.shape == (8, 8, 3)
+        assert image.dtype == np.uint8
+        np.testing.assert_allclose(image[:, 4], np.broadcast_to([200, 50 * i, 0], (8, 3)), atol=12)
+    assert np.abs(wide[:, 0] - wide[:, 4].astype(int)).max() < 30
+    assert np.abs(high[:, 0] - high[:, 4].astype(int)).max() > 100
+
+
+def test_grey_images_become_coloured(folder):
+    Image.new("L", (8, 8), 77).save(folder / "val/bee/e.png")
+    dataset = load_dataset("image_folder", str(folder), image_size=4)
+    np.testing.assert_array_equal(dataset.splits["val"][1]["image"], np.full((4, 4, 3), 77))
+
+
+def test_a_broken_image_is_named(folder):
+    (folder / "val/bee/broken.png").write_bytes(b"nothing")
+    dataset = load_dataset("image_folder", str(folder), image_size=4)
+    with pytest.raises(ValueError, match=r"val/bee/broken\.png cannot be read as an image"):
+        dataset.splits["val"][0]
+
+
+@pytest.mark.parametrize("image_size", [None, 0])
+def test_image_folders_have_no_size_of_their_own(folder, image_size):
+    with pytest.raises(
+        ValueError, match=f"image_size must be the resolution of the images, at least 1, got {image_size}"
+    ):
+        load_dataset("image_folder", str(folder), image_size=image_size)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10"])
+def test_other_datasets_have_one(name, cifar10_dir):
+    with pytest.raises(ValueError, match=f"image_size must be .* or not be given for {name}, got 64"):
+        load_dataset(name, str(cifar10_dir), image_size=64)
+
+
+def test_incomplete_image_folders_are_answered_with_what_is_missing(folder):
+    with pytest.raises(ValueError, match=r"dir must hold train/CLASS/\*.JPEG and val/.*no .*nowhere/train and no"):
+        load_dataset("image_folder", str(folder / "nowhere"), image_size=8)
+    (folder / "val" / "cat").mkdir()
+    with pytest.raises(ValueError, match=r"dir has classes in .*val that train has not: cat"):
+        load_dataset("image_folder", str(folder), image_size=8)
+    for path in (folder / "val").rglob("*"):
+        if path.is_file():
+            path.unlink()
+    (folder / "val" / "cat").rmdir()
+    with pytest.raises(ValueError, match=r"dir has no .JPEG, .jpg or .png files in .*val/CLASS"):
+        load_dataset("image_folder", str(folder), image_size=8)
+
+
 @pytest.mark.parametrize("info", [{"fileFormat": "tfrecord"}, {}])
 def test_files_without_random_access_are_refused_with_the_remedy(tmp_path, info):
     folder = tmp_path / "cifar10" / "3.0.2"
@@ -135,11 +215,11 @@ def test_the_home_folder_is_the_default(tmp_path, monkeypatch):
 
 def test_an_unknown_name_is_answered_with_a_near_one():
     with pytest.raises(
-        ValueError, match=r"^name must be one of cifar10, digits, got 'digit'\. Did you mean 'digits'\?"
+        ValueError, match=r"^name must be one of cifar10, digits, image_folder, got 'digit'\. Did you mean 'digits'\?"
     ):
         load_dataset("digit")
 
 
 def test_an_outlandish_name_is_answered_with_all_names():
-    with pytest.raises(ValueError, match=r"^name must be one of cifar10, digits, got 'xyz'\.$"):
+    with pytest.raises(ValueError, match=r"^name must be one of cifar10, digits, image_folder, got 'xyz'\.$"):
         load_dataset("xyz")
