@@ -1,7 +1,8 @@
-"""State space models for vision in JAX and Flax: S4ND layers and networks."""
+"""State space models for vision in JAX and Flax: S4ND layers, and the networks of both papers."""
 
 from ssm_jax.layers import S4ND as S4ND
 from ssm_jax.models import create_model as create_model
 from ssm_jax.models import list_models as list_models
+from ssm_jax.summary import summary as summary
 
 __version__ = "0.1.0"
