@@ -1,72 +1,20 @@
 """S4ND layers and networks from the weights of the authors' PyTorch release (github.com/state-spaces/s4).
 
 A state is that release's `state_dict`, as a mapping of names to arrays; a config holds the arguments that the PyTorch
-module was built with. The layouts differ in three ways: PyTorch's linear maps are transposed, its complex numbers are
-a trailing (real, imaginary) pair, and its read-outs C have one axis for direction (outermost), tensor rank, output
-channel and channel together. Low-rank kernels also replace C by C (I - Abar^l_kernel) in their first forward pass.
+module was built with.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
 from ssm_jax.layers.s4nd import S4ND
-from ssm_jax.layers.ssm_kernel import DPLRKernel
 from ssm_jax.models.isotropic import Isotropic, isotropic_s4nd
-
-
-class _Layout(NamedTuple):
-    official_shape: Callable[[tuple[int, ...]], tuple[int, ...]]  # of our shape
-    to_ours: Callable[[np.ndarray], np.ndarray]  # up to a reshape
-
-
-_SAME = _Layout(lambda shape: shape, lambda x: x)
-_TRANSPOSED = _Layout(lambda shape: shape[::-1], np.transpose)
-_COMPLEX = _Layout(lambda shape: (*shape[1:], 2), lambda x: np.moveaxis(x, -1, 0))
-_B = _Layout(lambda shape: (1, *shape[1:], 2), lambda x: np.moveaxis(x, -1, 0))
-
-
-def _read_outs(channels: int, out_channels: int) -> _Layout:
-    def to_ours(x: np.ndarray) -> np.ndarray:
-        x = x.reshape(-1, out_channels, channels, *x.shape[1:])
-        return np.moveaxis(np.swapaxes(x, 1, 2), -1, 0)
-
-    return _Layout(lambda shape: (math.prod(shape[1:4]), *shape[4:], 2), to_ours)
-
-
-_Path = tuple[str | int, ...]
-_Table = dict[str, tuple[_Path, _Layout]]
-"""Official names, and where the values belong in our module."""
-
-
-def _linear_table(name: str, path: _Path) -> _Table:
-    return {f"{name}.weight": ((*path, "kernel"), _TRANSPOSED), f"{name}.bias": ((*path, "bias"), _SAME)}
-
-
-def _norm_table(name: str, path: _Path) -> _Table:
-    return {f"{name}.weight": ((*path, "scale"), _SAME), f"{name}.bias": ((*path, "bias"), _SAME)}
-
-
-def _layer_table(prefix: str, path: _Path, arguments: Mapping[str, Any]) -> _Table:
-    out_channels = arguments.get("out_channels")
-    C = _read_outs(arguments.get("channels", 1), out_channels or 1)
-    layouts = {"inv_dt": _SAME, "A_real": _SAME, "A_imag": _SAME, "B": _B, "C": C}
-    if arguments["mode"] == "dplr":
-        layouts["P"] = _COMPLEX
-    table: _Table = {} if out_channels else {f"{prefix}D": ((*path, "D"), _SAME)}
-    for axis in range(arguments.get("dims", 2)):
-        for name, layout in layouts.items():
-            table[f"{prefix}kernel.{axis}.{name}"] = ((*path, "kernels", axis, name), layout)
-    if arguments.get("linear_output", False):
-        return table
-    return table | _linear_table(f"{prefix}output_linear.0", (*path, "output"))
-
+from ssm_jax.pretrained.load import load_torch
 
 _ARGUMENTS = {
     "d_model": "d_model",
@@ -128,36 +76,11 @@ def _l_kernels(state: Mapping[str, ArrayLike], prefix: str, dims: int) -> tuple[
     return tuple(int(np.asarray(state.get(f"{prefix}kernel.{axis}.l_kernel", 0))) for axis in range(dims))
 
 
-def _load(
-    build: Callable[[DTypeLike], nnx.Module], table: _Table, state: Mapping[str, ArrayLike], param_dtype: DTypeLike
-) -> Any:
-    """Builds a module without initial values and gives it those of `state`, which must match `table` exactly."""
-    truncated = any(np.any(value) for name, value in state.items() if name.endswith(".l_kernel"))
-    # A dense layer has a D that it does not use.
-    state = {name: state[name] for name in state if name in table or name.rpartition(".")[2] not in ("l_kernel", "D")}
-    with jax.enable_x64(True):
-        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(jnp.float64)))
-        variables = dict(nnx.to_flat_state(abstract))
-        values, problems = {}, [f"{name} is unexpected" for name in sorted(set(state) - set(table))]
-        for name, (path, layout) in table.items():
-            expected = layout.official_shape(variables[path].shape)
-            if name not in state:
-                problems.append(f"{name} {expected} is missing")
-            elif np.shape(state[name]) != expected:
-                problems.append(f"{name} has shape {np.shape(state[name])} instead of {expected}")
-            else:
-                value = layout.to_ours(np.asarray(state[name], np.float64)).reshape(variables[path].shape)
-                values[path] = variables[path].replace(jnp.asarray(value))
-        if problems:
-            raise ValueError(f"state does not fit config: {'; '.join(problems)}.")
-        module = nnx.merge(graphdef, nnx.from_flat_state(values))
-        for _, kernel in nnx.iter_modules(module):
-            if truncated and isinstance(kernel, DPLRKernel):
-                kernel.restore_read_outs()
-        loaded = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(module)))
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(param_dtype)))
-    nnx.replace_by_pure_dict(abstract, jax.tree.map(lambda x: jnp.asarray(x, param_dtype), loaded))
-    return nnx.merge(graphdef, abstract)
+def _load(build: Callable[[], nnx.Module], state: Mapping[str, ArrayLike]) -> Any:
+    """What `build` builds, without initial values, but with those of `state`."""
+    module = nnx.eval_shape(build)
+    load_torch(module, state)
+    return module
 
 
 def s4nd_from_torch(
@@ -169,13 +92,12 @@ def s4nd_from_torch(
     low-rank kernels that means `l_kernel` of `DPLRKernel`. The layer is channels last, whatever `transposed` was.
 
     Raises ValueError for an option that has no counterpart here, or for names and shapes in `state` that do not
-    belong to `config`, listing all of them.
+    belong to `config`, listing them.
     """
     arguments = _arguments(config)
     if arguments["mode"] == "dplr":
         arguments["l_kernel"] = _l_kernels(state, "", arguments.get("dims", 2))
-    table = _layer_table("", (), arguments)
-    return _load(lambda dtype: S4ND(**arguments, param_dtype=dtype, rngs=nnx.Rngs(0)), table, state, param_dtype)
+    return _load(lambda: S4ND(**arguments, param_dtype=param_dtype, rngs=nnx.Rngs(0)), state)
 
 
 def isotropic_from_torch(
@@ -188,14 +110,6 @@ def isotropic_from_torch(
     """
     d_model, n_layers = config["d_model"], config["n_layers"]
     mixer = _arguments({**config["layer"], "d_model": d_model, "dim": 2})
-    table = (
-        _linear_table("encoder", ("encoder",))
-        | _norm_table("model.norm.norm", ("norm",))
-        | _linear_table("decoder.output_transform", ("decoder",))
-    )
-    for i in range(n_layers):
-        table |= _norm_table(f"model.layers.{i}.norm.norm", ("blocks", i, "norm"))
-        table |= _layer_table(f"model.layers.{i}.layer.", ("blocks", i, "mixer"), mixer)
     if mixer["mode"] == "dplr":
         lengths = {_l_kernels(state, f"model.layers.{i}.layer.", 2) for i in range(n_layers)}
         if len(lengths) > 1:
@@ -208,7 +122,7 @@ def isotropic_from_torch(
         shape = np.shape(state.get(name, ()))
         return shape[axis] if len(shape) == 2 else 1  # what is wrong here is reported with all else
 
-    def build(param_dtype: DTypeLike) -> Isotropic:
+    def build() -> Isotropic:
         return isotropic_s4nd(
             size("decoder.output_transform.weight", 0),
             in_channels=size("encoder.weight", 1),
@@ -220,4 +134,4 @@ def isotropic_from_torch(
             rngs=nnx.Rngs(0),
         )
 
-    return _load(build, table, state, param_dtype)
+    return _load(build, state)

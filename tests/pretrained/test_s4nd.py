@@ -332,7 +332,7 @@ def test_options_without_a_counterpart_are_rejected(options, message):
 def test_all_names_and_shapes_that_do_not_fit_are_reported_together():
     state = layer_state() | {"kernel.0.P": np.ones(3), "kernel.0.B": np.ones((1, 2, 2))}
     del state["D"]
-    with pytest.raises(ValueError, match="state does not fit config") as error:
+    with pytest.raises(ValueError, match="weights do not fit S4ND") as error:
         s4nd_from_torch(state, CONFIG)
     for problem in (
         "kernel.0.P is unexpected",
@@ -360,4 +360,4 @@ def test_networks_report_what_is_missing(name):
 def test_networks_may_repeat_their_width_and_axes_for_the_layer():
     layer = NETWORK["layer"] | {"d_model": 2, "dim": 2, "n_ssm": 1}
     model = isotropic_from_torch(network_state(), NETWORK | {"layer": layer})
-    assert (model.encoder.in_features, model.decoder.out_features) == (3, 5)
+    assert (model.encoder.in_features, model.head.out_features) == (3, 5)
