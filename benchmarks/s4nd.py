@@ -11,7 +11,6 @@ of which computes as ours does. Writes s4nd_MODE.json and .png into `--out`.
 
 import importlib.util
 import json
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,13 +25,23 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import OUT, ROUNDS, Passes, jax_passes, keep_memory, medians, pin, surroundings
+from benchmarks.side_by_side import (
+    CORES,
+    OUT,
+    ROUNDS,
+    Passes,
+    allocated,
+    jax_passes,
+    keep_memory,
+    medians,
+    pin,
+    surroundings,
+)
 from ssm_jax import S4ND
 from ssm_jax.pretrained import s4nd_from_torch
 
 _TORCH_S4 = flags.DEFINE_string("torch-s4", None, "Checkout of the official repository.")
 _MODE = flags.DEFINE_enum("mode", "diag", ["diag", "dplr"], "Kind of the kernels.")
-_CORES = flags.DEFINE_integer("cores", 1, "Cores to use of a CPU.", lower_bound=1)
 _KEEP_MEMORY = flags.DEFINE_bool(
     "keep-memory", False, "Keep freed memory, so that new pages, of which the release takes most, cost nothing."
 )
@@ -108,24 +117,6 @@ def torch_passes(module: Any, u: np.ndarray) -> Passes:
     return Passes(lambda: run(backward=False), both, lambda: allocated(both, device))
 
 
-def allocated(function: Callable[[], Any], device: str) -> int:
-    """The most bytes that PyTorch has allocated at any time in `function`, beyond those that it had before."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
-        return torch.cuda.max_memory_allocated() - before
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.profiler.profile(profile_memory=True) as profile:
-            function()
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
-    return int(np.cumsum([size for _, size in changes]).max())
-
-
 def contestants(shape: Shape, mode: str, checkout: str | None) -> dict[str, Passes]:
     """By name, everything that is measured on one shape; all S4ND layers have the same parameters."""
     u = np.random.default_rng(0).normal(size=(shape.batch, *shape.lengths, shape.d_model)).astype(np.float32)
@@ -137,7 +128,7 @@ def contestants(shape: Shape, mode: str, checkout: str | None) -> dict[str, Pass
 
         from benchmarks.torch_s4nd import PlainS4ND, SeparableS4ND, official_layer
 
-        torch.set_num_threads(_CORES.value)
+        torch.set_num_threads(CORES.value)
         if checkout:
             options = {"d_model": shape.d_model, "dim": dims, "l_max": list(shape.lengths), "mode": mode}
             options |= {"d_state": 64, "init": "legs", "n_ssm": 1, "bidirectional": True, "linear": True}
@@ -276,7 +267,7 @@ def main(_: list[str]) -> None:
     has_torch = importlib.util.find_spec("torch") is not None
     if _TORCH_S4.value and not has_torch:
         raise app.UsageError("--torch-s4 needs PyTorch: pip install torch.")
-    pin(_CORES.value)
+    pin(CORES.value)
     if _KEEP_MEMORY.value:
         keep_memory()
     warnings.filterwarnings("ignore", module="src")  # of the release

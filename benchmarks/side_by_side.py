@@ -1,9 +1,11 @@
 """Measuring functions against each other on a machine that does other things too: in turns, and as ratios."""
 
 import ctypes
+import json
 import os
 import platform
 import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -15,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+CORES = flags.DEFINE_integer("cores", 1, "Cores to use of a CPU.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Dtype of the activations.")
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each function.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "runs/benchmarks", "Directory that the results go into.")
 
@@ -52,21 +56,30 @@ def keep_memory() -> None:
 
 
 def medians(functions: Mapping[str, Callable[[], Any]], *, rounds: int, longest: float = 20.0) -> dict[str, float]:
-    """Median seconds of each function, called in turns after one call that is not counted.
+    """Median of the `times` of each function."""
+    all_times = times(functions, rounds=rounds, longest=longest)
+    return {name: float(np.median(seconds)) for name, seconds in all_times.items()}
 
-    Processor seconds on CPUs, where another program may have the core for a while, and elapsed ones elsewhere; what a
-    function returns is waited for. Slow ones drop out of the later rounds: after `longest` seconds in all.
+
+def times(functions: Mapping[str, Callable[[], Any]], *, rounds: int, longest: float = 20.0) -> dict[str, list[float]]:
+    """Seconds of each function, called in turns after one call that is not counted; what it returns is waited for.
+
+    Slow ones drop out of the later rounds: after `longest` seconds in all.
     """
-    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            if len(times[name]) < 2 or sum(times[name]) < longest:
+            if len(seconds[name]) < 2 or sum(seconds[name]) < longest:
                 _settle()
-                start = clock()
+                start = now()
                 jax.block_until_ready(function())
-                times[name].append(clock() - start)
-    return {name: float(np.median(seconds[1:])) for name, seconds in times.items()}
+                seconds[name].append(now() - start)
+    return {name: counted for name, (_, *counted) in seconds.items()}
+
+
+def now() -> float:
+    """Processor seconds on CPUs, where another program may have the core for a while, and elapsed ones elsewhere."""
+    return time.process_time() if jax.default_backend() == "cpu" else time.perf_counter()
 
 
 def _settle() -> None:
@@ -75,6 +88,24 @@ def _settle() -> None:
     while time.process_time() - before > 0.002:
         before = time.process_time()
         time.sleep(0.05)  # on a busy machine those threads may wait for a core
+
+
+def allocated(function: Callable[[], Any], device: str) -> int:
+    """The most bytes that PyTorch has allocated at any time in `function`, beyond those that it had before."""
+    import torch
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            function()
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+    changes = sorted((event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]")
+    return int(np.cumsum([size for _, size in changes]).max())
 
 
 def surroundings(*packages: str) -> dict[str, str]:

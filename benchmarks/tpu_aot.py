@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import OUT
+from benchmarks.side_by_side import DTYPE, OUT
 from ssm_jax import S4ND
 from ssm_jax.ops.conv import METHODS
 
@@ -57,7 +57,6 @@ NOTE = "XLA's compile-time estimates for one chip, not measurements"
 
 _METHODS = flags.DEFINE_list("methods", "auto,toeplitz,dft", f"Ways to convolve, of {', '.join(METHODS)}.")
 _CASES = flags.DEFINE_list("cases", ",".join(CASES), "Which layers.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype of the activations.")
 
 
 class Estimate(NamedTuple):
@@ -187,8 +186,9 @@ def main(_: list[str]) -> None:
         sharding = chip()
     except ModuleNotFoundError as error:
         sys.exit(str(error))
+    dtype = DTYPE.value or "bfloat16"
     versions = {name: importlib.metadata.version(name) for name in ("jax", "libtpu")}
-    setting = {"topology": TOPOLOGY, "dtype": _DTYPE.value, **versions}
+    setting = {"topology": TOPOLOGY, "dtype": dtype, **versions}
     title = f"S4ND, forward and backward, {', '.join(f'{k} {v}' for k, v in setting.items())}\n{NOTE}"
     out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
@@ -202,7 +202,7 @@ def main(_: list[str]) -> None:
     for case in _CASES.value:
         shape, dims, channels = CASES[case], len(CASES[case]) - 2, CASES[case][-1]
         for method in ["depthwise", "kernels", *_METHODS.value]:
-            lowered = lower(layer(method, dims, channels, _DTYPE.value), shape, _DTYPE.value, sharding)
+            lowered = lower(layer(method, dims, channels, dtype), shape, dtype, sharding)
             program = lowered.as_text()
             if program not in programs:
                 programs[program] = estimate(lowered.compile())
@@ -212,7 +212,7 @@ def main(_: list[str]) -> None:
             table.add_row(case, method, f"{numbers[0]:.2f}", f"{relative:.2f}", *(f"{n:.1f}" for n in numbers[1:]))
     console.print(table)
     rows = [{"layer": case, "method": method, **n._asdict()} for (case, method), n in estimates.items()]
-    file = out / f"tpu_aot_{_DTYPE.value}"
+    file = out / f"tpu_aot_{dtype}"
     file.with_suffix(".json").write_text(json.dumps({"note": NOTE, **setting, "estimates": rows}, indent=1) + "\n")
     picture(estimates, title).savefig(file.with_suffix(".png"), dpi=120)
     console.print(f"results in {file}.json and .png")

@@ -166,8 +166,8 @@ def _multiply_adds(jaxpr: Any, name: str) -> Iterator[tuple[str, int]]:
     for eqn in jaxpr.eqns:
         part = name or _scope(eqn)
         kind = eqn.primitive.name
-        shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
-        out = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
+        shapes: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+        out: tuple[int, ...] = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
         times = 4 if eqn.outvars and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.complexfloating) else 1
         if kind == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]

@@ -96,7 +96,7 @@ def create_model(name: str, *, num_classes: int, rngs: nnx.Rngs, **overrides: An
         near = difflib.get_close_matches(name, _MODELS, n=3) or list_models()
         raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(map(repr, near))}?")
     make, arguments = _MODELS[name]
-    stream = nnx.Rngs(0)
+    stream: Any = nnx.Rngs(0)
     stream.params = _Stream(rngs.params())
     try:
         return make(num_classes, **arguments | overrides, rngs=stream)

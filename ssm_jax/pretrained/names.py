@@ -124,13 +124,15 @@ _FROM_TIMM: dict[str, dict[str, _Rules]] = {
 
 _RELEASE: dict[str, _Rules] = {
     "ConvNeXt": [
-        (r"\.blocks\.(\d+)\.mixer\.(conv\.)?", r".blocks.\1.conv_dw."),
+        (r"\.blocks\.(\d+)\.mixer\.", r".blocks.\1.conv_dw."),
         (r"^downsamples\.(\d+)\.norm\.", _plus("stages.{}.norm_layer.", 1)),
         (r"^downsamples\.(\d+)\.conv\.", _plus("stages.{}.downsample.conv.", 1)),
         (r"^downsamples\.(\d+)\.pooled\.mixer\.", _plus("stages.{}.downsample.s4conv.", 1)),
         (r"^downsamples\.(\d+)\.pooled\.fc\.", _plus("stages.{}.downsample.fc.", 1)),
         (r"^norm\.", "head.norm."),
         (r"^head\.(weight|bias)", r"head.fc.\1"),
+        (r"\.space\.(weight|bias)$", r".\1"),  # of factorised convolutions
+        (r"\.time$", ".time_weight"),
     ],
     "Isotropic": [
         (r"^blocks\.(\d+)\.norm\.", r"model.layers.\1.norm.norm."),
@@ -150,21 +152,76 @@ _RELEASE: dict[str, _Rules] = {
 }
 """From our names to those of S4's release, but for what is within S4ND layers and ConvNeXt's stems."""
 
-_RELEASE_STEMS: dict[str, _Rules] = {
-    "stem.conv.": [(r"^stem\.conv\.", "stem.stem.0."), (r"^stem\.norm\.", "stem.stem.1.")],
-    "stem.project.": [
-        (r"^stem\.project\.", "stem.pre_stem."),
-        (r"^stem\.pooled\.mixer\.", "stem.stem.s4conv."),
-        (r"^stem\.pooled\.fc\.", "stem.stem.fc."),
-        (r"^stem\.norm\.", "stem.post_stem."),
-    ],
-    "stem.pooled.": [
-        (r"^stem\.pooled\.mixer\.", "stem.stem."),
-        (r"^stem\.pooled\.fc\.", "stem.post_stem.1."),
-        (r"^stem\.norm\.", "stem.post_stem.3."),
-    ],
-}
-"""Those of ConvNeXt's stems there, by how the name of one of their variables begins; the first one counts."""
+_DOWNSAMPLE: _Rules = [
+    (r"^stem\.downsample\.norm\.", "stages.0.norm_layer."),
+    (r"^stem\.downsample\.conv\.", "stages.0.downsample.conv."),
+    (r"^stem\.downsample\.pooled\.mixer\.", "stages.0.downsample.s4conv."),
+    (r"^stem\.downsample\.pooled\.fc\.", "stages.0.downsample.fc."),
+]
+
+_RELEASE_STEMS: list[tuple[str, tuple[str, ...], _Rules]] = [
+    ("patch", ("stem.conv.",), [(r"^stem\.conv\.", "stem.stem.0."), (r"^stem\.norm\.", "stem.stem.1.")]),
+    (
+        "depthwise_patch",
+        ("stem.project.", "stem.pooled.mixer.conv."),
+        [
+            (r"^stem\.project\.", "stem.stem.0."),
+            (r"^stem\.pooled\.mixer\.conv\.", "stem.stem.1."),
+            (r"^stem\.pooled\.fc\.", "stem.stem.3."),
+            (r"^stem\.norm\.", "stem.stem.5."),
+        ],
+    ),
+    (
+        "new_patch",
+        ("stem.pooled.mixer.conv.",),
+        [
+            (r"^stem\.pooled\.mixer\.conv\.", "stem.stem.0."),
+            (r"^stem\.pooled\.fc\.", "stem.stem.2."),
+            (r"^stem\.norm\.", "stem.stem.4."),
+        ],
+    ),
+    (
+        "s4nd_patch",
+        ("stem.project.", "stem.pooled."),
+        [
+            (r"^stem\.project\.", "stem.pre_stem."),
+            (r"^stem\.pooled\.mixer\.", "stem.stem.s4conv."),
+            (r"^stem\.pooled\.fc\.", "stem.stem.fc."),
+            (r"^stem\.norm\.", "stem.post_stem."),
+        ],
+    ),
+    (
+        "new_s4nd_patch",
+        ("stem.pooled.",),
+        [
+            (r"^stem\.pooled\.mixer\.", "stem.stem."),
+            (r"^stem\.pooled\.fc\.", "stem.post_stem.1."),
+            (r"^stem\.norm\.", "stem.post_stem.3."),
+        ],
+    ),
+    (
+        "s4nd",
+        ("stem.body.mixer.",),
+        [
+            (r"^stem\.project\.", "stem.pre_stem.0."),
+            (r"^stem\.norm\.", "stem.pre_stem.1."),
+            (r"^stem\.body\.mixer\.", "stem.stem.s4conv."),
+            (r"^stem\.body\.fc\.", "stem.stem.fc."),
+            *_DOWNSAMPLE,
+        ],
+    ),
+    (
+        "default",
+        ("stem.body.",),
+        [
+            (r"^stem\.project\.", "stem.stem.0."),
+            (r"^stem\.norm\.", "stem.stem.1."),
+            (r"^stem\.body\.", "stem.stem.3."),
+            *_DOWNSAMPLE,
+        ],
+    ),
+]
+"""Those of ConvNeXt's stems there, by what some of our names begin with: the first stem that has all of it counts."""
 
 
 def dialects(model: nnx.Module, paths: Collection[Path]) -> dict[str, dict[Path, str]]:
@@ -200,7 +257,7 @@ def _renamed(names: dict[Path, str], rules: _Rules) -> dict[Path, str]:
 
 
 def _release_stem(names: Collection[str]) -> _Rules:
-    for beginning, rules in _RELEASE_STEMS.items():
-        if any(name.startswith(beginning) for name in names):
+    for _, beginnings, rules in _RELEASE_STEMS:
+        if all(any(name.startswith(beginning) for name in names) for beginning in beginnings):
             return rules
     return ()

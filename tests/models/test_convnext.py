@@ -101,6 +101,32 @@ def test_gradients_are_timms(golden):
     jax.tree.map(assert_close, grads, nnx.to_pure_dict(nnx.state(official)))
 
 
+IMAGES = {"dims": (8, 12, 16, 20), "depths": (1, 1, 2, 1), "img_size": 32, "stem_channels": 6}
+RELEASE = {
+    "2d_diag_patch": IMAGES | {"stem": "patch"},
+    "2d_diag_s4nd_patch": IMAGES | {"stem": "s4nd_patch", "downsample": "s4nd"},
+    "2d_diag_new_s4nd_patch": IMAGES | {"downsample": "s4nd"},
+    "2d_dplr_new_s4nd_patch": IMAGES | {"downsample": "s4nd"},
+    "3d_dplr": {"dims": (6, 8, 10, 12), "depths": (1, 1, 1, 1), "img_size": (4, 32, 32), "stem": "patch"},
+}
+
+
+@pytest.mark.parametrize("name", RELEASE)
+def test_logits_of_s4nd_networks_are_the_releases(shared, name):
+    with np.load(shared / f"golden/s4nd/model_convnext{name}.npz") as arrays:
+        arrays = dict(arrays)
+    mode = "dplr" if "dplr" in name else "diag"
+    # The release's low-rank kernels at other rates are those of a given length, see DPLRKernel.
+    mixer = {"mode": mode, "d_state": 8, "init": "diag-lin"} | ({"l_kernel": 0} if mode == "dplr" else {})
+    model = nnx.eval_shape(lambda: convnext_s4nd(7, mixer=mixer, **RELEASE[name], rngs=nnx.Rngs(0)))
+    load_torch(model, {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")})
+    tags = [key.removesuffix("/x") for key in arrays if key.endswith("/x")]
+    assert len(tags) == (1 if name.startswith("3d") else 2)
+    for tag in tags:
+        x = np.moveaxis(arrays[f"{tag}/x"], 1, -1).astype(np.float32)
+        assert_close(call(model, x, rate=float(arrays[f"{tag}/rate"])), arrays[f"{tag}/y"], 5e-6)
+
+
 @pytest.mark.parametrize("downsample", ["conv", "s4nd", "s4nd_gelu"])
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_and_downsampling_gives_maps_of_a_quarter_to_a_32nd(stem, downsample):

@@ -17,6 +17,7 @@ from ssm_jax.models.swin import resample_relative_positions
 from ssm_jax.ops import truncate
 from ssm_jax.pretrained import load_torch, save_safetensors
 from ssm_jax.pretrained.files import read_state
+from ssm_jax.pretrained.names import dialects
 
 CONVNEXT = {"depths": (1, 1, 2, 1), "dims": (4, 6, 8, 10), "img_size": 32}
 S4 = {"mixer": {"d_state": 4}, "stem_channels": 3}
@@ -476,3 +477,36 @@ def test_the_state_dict_is_the_one_asked_for(saved):
     loaded = nnx.eval_shape(builder("resnet"))
     load_torch(loaded, {"model": {}, "model_ema": {f"module.{name}": x for name, x in state.items()}}, key="model_ema")
     assert_equal(loaded, model)
+
+
+@pytest.mark.parametrize(
+    ("stem", "names"),
+    [
+        ("patch", ["stem.stem.0", "stem.stem.1"]),
+        ("depthwise_patch", ["stem.stem.0", "stem.stem.1", "stem.stem.3", "stem.stem.5"]),
+        ("new_patch", ["stem.stem.0", "stem.stem.2", "stem.stem.4"]),
+        ("new_s4nd_patch", ["stem.stem.kernel.0", "stem.stem.kernel.1", "stem.post_stem.1", "stem.post_stem.3"]),
+        ("s4nd_patch", ["stem.pre_stem", "stem.stem.s4conv.kernel.0", "stem.stem.fc", "stem.post_stem"]),
+        ("s4nd", ["stem.pre_stem.0", "stem.pre_stem.1", "stem.stem.s4conv.kernel.0", "stem.stem.fc"]),
+        ("default", ["stem.stem.0", "stem.stem.1", "stem.stem.3"]),
+    ],
+)
+def test_stems_have_the_releases_names(stem, names):
+    options = {"depths": (1, 1, 1, 1), "dims": (4, 4, 4, 4), "img_size": 32, "mixer": {"d_state": 2, "mode": "diag"}}
+    model = nnx.eval_shape(
+        lambda: create_model("convnext_tiny_s4nd", num_classes=2, stem=stem, **options, rngs=nnx.Rngs(0))
+    )
+    spoken = dialects(model, [path for path, _ in nnx.to_flat_state(nnx.state(model))])["S4's release"]
+    stems = {name.rpartition(".")[0] for name in spoken.values() if name.startswith("stem.")}
+    assert set(names) <= stems
+    halving = {"stages.0.norm_layer.weight", "stages.0.downsample.conv.weight"}
+    assert halving <= set(spoken.values()) if stem in ("s4nd", "default") else not halving & set(spoken.values())
+    assert len(set(spoken.values())) == len(spoken)
+
+
+def test_factorised_convolutions_have_the_releases_names():
+    options = {"depths": (1, 1, 1, 1), "dims": (4, 4, 4, 4), "img_size": (4, 32, 32)}
+    model = nnx.eval_shape(lambda: create_model("convnext_tiny_s3d", num_classes=2, **options, rngs=nnx.Rngs(0)))
+    spoken = dialects(model, [path for path, _ in nnx.to_flat_state(nnx.state(model))])["S4's release"]
+    for name in ("stem.stem.0", "stages.1.downsample.conv", "stages.2.blocks.0.conv_dw.conv"):
+        assert {f"{name}.weight", f"{name}.bias", f"{name}.time_weight"} <= set(spoken.values())
