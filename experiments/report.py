@@ -71,12 +71,13 @@ def save_pictures(pictures: Mapping[str, Figure], folder: epath.Path) -> None:
 
 
 def _predictions(experiment: Experiment, logits: np.ndarray, *, count: int = 32) -> Figure:
-    """The wrong predictions first, as far as they fill half of the sheet, then others in order."""
+    """Drawn from all over the test set: wrong predictions first, as far as they fill half of the sheet, then others."""
     test = experiment.dataset.splits["test"]
     predictions = logits.argmax(-1)
     labels = np.array([int(test[i]["label"]) for i in range(len(test))])
-    wrong = np.flatnonzero(predictions != labels)[: count // 2]
-    shown = [*wrong, *np.setdiff1d(np.arange(len(test)), wrong)[: count - len(wrong)]]
+    order = np.random.default_rng(0).permutation(len(test))  # a folder has one class after another
+    wrong = order[predictions[order] != labels[order]][: count // 2]
+    shown = [*wrong, *order[~np.isin(order, wrong)][: count - len(wrong)]]
     images = np.stack([test[int(i)]["image"] for i in shown])
     title = f"{np.sum(predictions != labels)} of {len(labels)} test images are misclassified, shown first"
     return plots.prediction_sheet(
@@ -85,13 +86,19 @@ def _predictions(experiment: Experiment, logits: np.ndarray, *, count: int = 32)
 
 
 def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> dict[str, Figure]:
-    """Kernels of the first S4ND layer, drawn as the functions they are, on a grid 8 times as fine as the images'."""
+    """Kernels of the first S4ND layer over images, or else over sequences, drawn as the functions they are."""
     model = nnx.merge(nnx.graphdef(experiment.abstract_model), state.params, state.rest)
-    layer = next((module for _, module in nnx.iter_modules(model) if isinstance(module, S4ND)), None)
-    if layer is None:
-        return {}
-    extent = min(experiment.dataset.resolution, 16) / 2
-    axes = layer.sample_kernels([int(8 * extent)] * 2, rate=1 / 8)
-    kernels = plots.outer_products(*(axis[:, :, :1, :count] for axis in axes))
-    title = f"2-D kernels of the first S4ND layer, lags -{extent:g} to {extent:g} pixels, each on its own scale"
-    return {"kernels": plots.kernel_sheet(kernels, extent=extent, title=title)}
+    layers = {
+        len(module.kernels): module for _, module in reversed([*nnx.iter_modules(model)]) if isinstance(module, S4ND)
+    }
+    if 2 in layers:  # on a grid 8 times as fine as the images'
+        extent = min(experiment.dataset.resolution, 16) / 2
+        axes = layers[2].sample_kernels([int(8 * extent)] * 2, rate=1 / 8)
+        kernels = plots.outer_products(*(axis[:, :, :1, :count] for axis in axes))
+        title = f"2-D kernels of the first S4ND layer, lags -{extent:g} to {extent:g} pixels, each on its own scale"
+        return {"kernels": plots.kernel_sheet(kernels, extent=extent, title=title)}
+    if 1 in layers:
+        (length,) = layers[1].l_max
+        by_rate = {rate: layers[1].sample_kernels([round((length or 64) / rate)], rate=rate)[0] for rate in (1, 1 / 8)}
+        return {"kernels": plots.kernel_lines(by_rate)}
+    return {}

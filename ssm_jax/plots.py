@@ -1,6 +1,7 @@
 """Pictures of runs and of what was learned; each function returns a matplotlib figure."""
 
 import itertools
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -204,7 +205,7 @@ def prediction_sheet(
     """A sheet of images (n, H, W, 1 or 3) uint8 under their predicted class; wrong ones in orange with the true one."""
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.45 * rows + 0.3), layout="constrained")
+    figure = Figure(figsize=(1.25 * columns, 1.6 * rows + 0.3), layout="constrained")
     sheet = figure.subplots(rows, columns, squeeze=False)
     for axes in sheet.flat:
         axes.set_axis_off()
@@ -212,6 +213,7 @@ def prediction_sheet(
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         right = label == prediction
         text = class_names[prediction] if right else f"{class_names[prediction]} (is {class_names[label]})"
+        text = textwrap.fill(text, 16, break_long_words=False)  # of what fits above an image
         axes.set_title(text, fontsize=8, color="black" if right else _ORANGE, fontweight="normal" if right else "bold")
     figure.suptitle(title, fontsize=10)
     return figure
