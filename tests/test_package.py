@@ -96,9 +96,13 @@ def test_the_version_is_that_of_the_project():
 
 
 @pytest.mark.slow
-def test_the_python_in_the_readme_runs(tmp_path):
-    if not README.exists():
-        pytest.skip("no README.md")
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
-    assert blocks
+@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
+def test_the_python_in_the_docs_runs(page, tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    if not blocks:
+        pytest.skip(f"{page.name} has no Python")
     run_python("\n".join(blocks), cwd=tmp_path)
+
+
+def test_the_readme_has_python():
+    assert "```python\n" in README.read_text()
