@@ -325,7 +325,7 @@ def test_initial_values_are_small_normal_but_for_the_patches(name):
         (vit_s4nd, {"img_size": 30}, "img_size must be a positive multiple of patch_size=16, got 30"),
         (vit_s4nd, {"mixer": {"channels": 0}}, "channels must be at least 1, got 0"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_impossible_arguments_are_rejected(build, arguments, message):
     with pytest.raises(ValueError, match=message):
