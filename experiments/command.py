@@ -49,7 +49,9 @@ def parse(argv: Sequence[str]) -> list[str]:
             logging.set_verbosity(logging.WARNING)  # at INFO, absl's default, orbax tells a page for every checkpoint
         return rest
     except flags.Error as error:
-        fail(str(error), status=2)
+        # Of what a config file raises, as for an unknown ARGUMENT in --config=FILE:ARGUMENT, it quotes the traceback.
+        last = str(error).rstrip().rpartition("\n")[2]
+        fail(last.partition("ValueError: ")[2] or str(error), status=2)
     except OSError as error:
         fail(f"--config: {error.__cause__ or error}", status=2)
     except (AttributeError, KeyError):  # what config_flags raises for an override of a field that is not there

