@@ -12,7 +12,6 @@ of which computes as ours does. Writes s4nd_MODE.json and .png into `--out`.
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -18,7 +18,9 @@ import numpy as np
 from absl import flags
 
 CORES = flags.DEFINE_integer("cores", 1, "Cores to use of a CPU.", lower_bound=1)
-DTYPE = flags.DEFINE_enum("dtype", None, ["bfloat16", "float32"], "Dtype of the activations.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["bfloat16", "float32"], "Dtype of the activations; by default the benchmark's own."
+)
 ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed calls of each function.", lower_bound=1)
 OUT = flags.DEFINE_string("out", "runs/benchmarks", "Directory that the results go into.")
 
