@@ -56,7 +56,7 @@ def get_config(family: str = "") -> ConfigDict:
     config.data.update(name="image_folder", image_size=SIZE, crop_padding=4, flip=True)
     config.batch_size = 50
     config.epochs = 10.0
-    config.optimizer.update(lr=1e-3, ssm_lr=1e-3, weight_decay=0.05, warmup_epochs=1.0)
+    config.optimizer.update(lr=1e-3, ssm_lr=1e-3, weight_decay=0.05, warmup_epochs=0.5)
     config.label_smoothing = 0.1
     config.eval.update(every_epochs=1.0, batch_size=100)
     config.log_every_steps = 20

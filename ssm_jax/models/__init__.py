@@ -93,8 +93,14 @@ def create_model(name: str, *, num_classes: int, rngs: nnx.Rngs, **overrides: An
     Raises ValueError for an unknown name (suggesting near ones), an unknown argument, or an impossible value.
     """
     if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=3) or list_models()
-        raise ValueError(f"unknown model {name!r}; did you mean {' or '.join(map(repr, near))}?")
+        shorter = [known for known in _MODELS if str(name).startswith(known)]  # of timm's, which end with sizes
+        near = difflib.get_close_matches(str(name), _MODELS, n=3) or shorter
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "ssm_jax.list_models() lists all."
+        raise ValueError(f"unknown model {name!r}; {hint}")
+    if not isinstance(rngs, nnx.Rngs):
+        raise ValueError(f"rngs must be an nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}.")
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        raise ValueError(f"num_classes must be a whole number, got {num_classes!r}.")
     make, arguments = _MODELS[name]
     stream: Any = nnx.Rngs(0)
     stream.params = _Stream(rngs.params())

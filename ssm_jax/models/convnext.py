@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
+from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear, normal_init, normal_linear
 from ssm_jax.layers.mlp import MLP
 from ssm_jax.layers.norm import LayerNorm
@@ -378,13 +379,7 @@ class ConvNeXt(nnx.Module):
         self, images: Float[Array, "b *axes c"], *, rate: Rate = 1.0, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b ..."], ...]:
         """The maps after the four stages, at 1/4, 1/8, 1/16 and 1/32 of the images' size."""
-        axes = len(self.reduction)
-        if images.ndim != axes + 2 or images.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"images must be (batch, {axes} axes, {self.in_channels} channels), got shape {images.shape}."
-            )
-        if any(length < least for length, least in zip(images.shape[1:-1], self.reduction, strict=True)):
-            raise ValueError(f"images must be at least {self.reduction}, got shape {images.shape}.")
+        check_images(images, self.in_channels, axes=len(self.reduction), least=self.reduction)
         maps = []
         x = self.stem(images, rate=rate)
         for i, stage in enumerate(self.stages):

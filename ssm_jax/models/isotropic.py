@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear, uniform_init
 from ssm_jax.layers.norm import LayerNorm
 from ssm_jax.layers.s4nd import S4ND
@@ -111,6 +112,7 @@ class Isotropic(nnx.Module):
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b h w d"]]:
         """The map after all blocks, at the images' own resolution."""
+        check_images(images, self.encoder.in_features)
         x = self.encoder(images)
         for block in self.blocks:
             x = block(x, rate=rate, rngs=rngs)

@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
+from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_linear
 from ssm_jax.layers.norm import LayerNorm
 from ssm_jax.layers.stack import Stack
@@ -233,11 +234,7 @@ class PVTv2(nnx.Module):
         Patches have a fixed number of positions, so `rate` changes nothing.
         """
         del rate
-        if images.ndim != 4 or images.shape[3] != self.in_channels or min(images.shape[1:3]) < self.smallest:
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), height and width at least "
-                f"{self.smallest}, got {images.shape}."
-            )
+        check_images(images, self.in_channels, least=self.smallest)
         x, maps = images, []
         for downsample, stage, norm in zip(self.downsamples, self.stages, self.norms, strict=True):
             x = norm(stage(downsample(x), rngs=rngs))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from ssm_jax.layers.conv import conv
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
+from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear
 from ssm_jax.layers.norm import BatchNorm
 from ssm_jax.layers.stack import Stack
@@ -274,8 +275,7 @@ class ResNet(nnx.Module):
 
     def stem(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 stem_width"]:
         """The map before max pooling."""
-        if images.ndim != 4 or images.shape[-1] != self.in_channels:
-            raise ValueError(f"images must be (batch, height, width, {self.in_channels}), got {images.shape}.")
+        check_images(images, self.in_channels)
         return nnx.relu(self.bn1(self.conv1(images)))
 
     def features(

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
+from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_init, normal_linear, uniform_init
 from ssm_jax.layers.mlp import MLP
 from ssm_jax.layers.norm import LayerNorm
@@ -297,15 +298,7 @@ class SwinTransformer(nnx.Module):
         Windows have a fixed number of positions, so `rate` changes nothing.
         """
         del rate
-        if (
-            images.ndim != 4
-            or images.shape[3] != self.in_channels
-            or any(n % self.patch_size for n in images.shape[1:3])
-        ):
-            raise ValueError(
-                f"images must be (batch, height, width, {self.in_channels}), height and width multiples of "
-                f"patch_size={self.patch_size}, got {images.shape}."
-            )
+        check_images(images, self.in_channels, multiple=self.patch_size)
         maps = [self.stages[0](self.patch_embed(images), rngs=rngs)]
         for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
             maps.append(stage(downsample(maps[-1]), rngs=rngs))

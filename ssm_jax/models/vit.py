@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from ssm_jax.layers.attention import Attention
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
+from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_init, normal_linear, uniform_init
 from ssm_jax.layers.mlp import MLP
 from ssm_jax.layers.norm import LayerNorm
@@ -141,13 +142,7 @@ class VisionTransformer(nnx.Module):
 
     def _encode(self, images: Array, rate: float, rngs: nnx.Rngs | None) -> tuple[Array, tuple[int, int]]:
         """The last block's tokens, and the numbers of patches along (height, width)."""
-        patch, channels = self.patch_size, self.patch_embed.in_features
-        shape = images.shape
-        if images.ndim != 4 or shape[3] != channels or 0 in shape or shape[1] % patch or shape[2] % patch:
-            raise ValueError(
-                f"images must be (batch, height, width, in_channels={channels}), not empty, with height and width "
-                f"multiples of patch_size={patch}, got shape {shape}."
-            )
+        check_images(images, self.patch_embed.in_features, multiple=self.patch_size)
         x = self.patch_embed(images)
         b, h, w, d = x.shape
         prefix = [token[...] for token in (self.cls_token, self.dist_token) if token is not None]

@@ -23,8 +23,8 @@ def inflate(images: ConvNeXt, video: ConvNeXt, *, average: bool = False) -> None
     Raises:
         ValueError: if the networks do not match, listing where; `video` is unchanged then.
     """
-    if len(images.reduction) != 2 or len(video.reduction) != 3:
-        raise ValueError("images must be a network over two axes and video one over three.")
+    if [len(net.reduction) if isinstance(net, ConvNeXt) else 0 for net in (images, video)] != [2, 3]:
+        raise ValueError("images must be a ConvNeXt over two axes and video one over three.")
     source = dict(nnx.to_flat_state(nnx.state(images, nnx.Param)))
     target = dict(nnx.to_flat_state(nnx.state(video, nnx.Param)))
     factorised = {path for path, module in nnx.iter_modules(video) if isinstance(module, FactorizedConv)}
@@ -52,7 +52,8 @@ def inflate(images: ConvNeXt, video: ConvNeXt, *, average: bool = False) -> None
     ]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"images and video do not match: {'; '.join(problems[:5])}{more}.")
+        hint = " Build images with the stem of video, stem='patch'." if "stem." in problems[0] else ""
+        raise ValueError(f"images and video do not match: {'; '.join(problems[:5])}{more}.{hint}")
     nnx.update(video, nnx.from_flat_state(values))
 
 

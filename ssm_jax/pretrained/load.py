@@ -87,7 +87,8 @@ def load_torch(
     unknown = set(state) - set(names.values())
     unexpected = [f"{name} is unexpected" for name in unknown if not re.search(_BUFFERS, name)]
     if problems := _listed(misshaped) + _listed(missing) + _listed(unexpected):
-        if any(path[0] in _HEADS for path in variables.keys() - heads - values.keys()):
+        unfilled = variables.keys() - heads - values.keys()
+        if unfilled and all(path[0] in _HEADS for path in unfilled):
             problems.append("reset_head=True keeps the network's own classifier")
         title = f"weights do not fit {type(model).__name__}, by the names of {dialect}:"
         raise ValueError("\n  ".join([title, *problems]))

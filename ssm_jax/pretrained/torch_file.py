@@ -75,7 +75,7 @@ def read_torch(file: Any, find: Callable[[Any], Mapping[str, Any]]) -> dict[str,
                 "it has the format of PyTorch before 1.6. To convert it: "
                 "torch.save(torch.load(old, map_location='cpu', weights_only=True), new)."
             )
-        raise ValueError("it is not a file of torch.save.")
+        raise ValueError("it is not a file of torch.save, or not all of one.")
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
         roots = [name.removesuffix("data.pkl") for name in names if re.fullmatch(r"([^/]+/)?data\.pkl", name)]

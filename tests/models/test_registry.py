@@ -107,12 +107,29 @@ def test_all_names_are_listed_in_order():
         ("isotropic_s4d", "unknown model 'isotropic_s4d'; did you mean 'isotropic_s4nd'"),
         ("resnet_50", "unknown model 'resnet_50'; did you mean 'resnet50'"),
         ("convnext_tiny_s4d", "unknown model 'convnext_tiny_s4d'; did you mean 'convnext_tiny_s4nd'"),
-        ("mlp", "unknown model 'mlp'; did you mean 'convnext_base' or"),
+        ("swin_tiny_patch4_window7_224", "did you mean 'swin_tiny'"),
+        ("mlp", r"unknown model 'mlp'; ssm_jax.list_models\(\) lists all"),
     ],
 )
 def test_unknown_names_suggest_near_ones(name, message):
     with pytest.raises(ValueError, match=message):
         ssm_jax.create_model(name, num_classes=10, rngs=nnx.Rngs(0))
+
+
+def test_numbers_of_classes_are_whole():
+    with pytest.raises(ValueError, match="num_classes must be a whole number, got True"):
+        ssm_jax.create_model("resnet18", num_classes=True, rngs=nnx.Rngs(0))
+
+
+FAMILIES = ["isotropic_s4nd", "resnet18", "deit_tiny", "swin_tiny", "pvt_v2_b0", "convnext_tiny", "convnext_tiny_s4nd"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_are_checked_before_anything_else(name):
+    model = abstract(name)
+    for shape in [(2, 3, 64, 64), (0, 64, 64, 3), (2, 64, 64, 1)]:
+        with pytest.raises(ValueError, match=r"^images must be \(batch, height, width, 3 channels\).* got shape"):
+            model.features(jnp.zeros(shape))
 
 
 @pytest.mark.parametrize("name", ["isotropic_s4nd", "resnet50", "vit_base_s4nd", "swin_tiny", "convnext_tiny_s4nd"])

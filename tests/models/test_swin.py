@@ -372,5 +372,5 @@ def test_impossible_arguments_are_rejected(arguments, message):
 
 @pytest.mark.parametrize("shape", [(1, 32, 32, 4), (1, 30, 32, 3), (1, 32, 34, 3)])
 def test_images_of_other_channels_or_broken_patches_are_rejected(shape):
-    with pytest.raises(ValueError, match=r"images must be \(batch, height, width, 3\).* multiples of patch_size=4"):
+    with pytest.raises(ValueError, match=r"images must be \(batch, height, width, 3 channels\).* multiples of 4"):
         jax.eval_shape(small(), jax.ShapeDtypeStruct(shape, jnp.float32))

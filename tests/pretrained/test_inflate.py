@@ -99,7 +99,7 @@ def test_networks_that_do_not_match_are_refused_and_left_alone(flat, moving, mes
 
 
 def test_only_images_are_inflated_and_only_to_video():
-    with pytest.raises(ValueError, match="images must be a network over two axes and video one over three"):
+    with pytest.raises(ValueError, match="images must be a ConvNeXt over two axes and video one over three"):
         inflate(video(ConvNeXt), images(ConvNeXt))
 
 

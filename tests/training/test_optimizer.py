@@ -62,7 +62,7 @@ def test_parameters_of_s4nd_iso_are_in_their_groups():
         "encoder": linear,
         "blocks": {0: block, 1: block},
         "norm": norm,
-        "decoder": linear,
+        "head": linear,
     }
 
 
