@@ -83,6 +83,19 @@ def direct_convolution(u, kernels):
     return y.reshape(*u.shape[:-1], -1)
 
 
+def selective_states(u, delta, A, B, h0=None, discretization="euler", reverse=False):
+    """The states (..., length, d, n) of S6, mode by mode and position by position."""
+    *batch, length, _ = u.shape
+    states = np.zeros((*batch, length, *A.shape))
+    for i, j in np.ndindex(A.shape):
+        h = np.zeros(batch) if h0 is None else h0[..., i, j]
+        for t in reversed(range(length)) if reverse else range(length):
+            step = delta[..., t, i]
+            gain = np.expm1(step * A[i, j]) / A[i, j] if discretization == "zoh" and A[i, j] else step
+            h = states[..., t, i, j] = np.exp(step * A[i, j]) * h + gain * B[..., t, j] * u[..., t, i]
+    return states
+
+
 def gelu(x):
     return x * scipy.stats.norm.cdf(x)
 

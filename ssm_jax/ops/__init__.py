@@ -15,6 +15,10 @@ from ssm_jax.ops.recurrence import recurrent_scan as recurrent_scan
 from ssm_jax.ops.recurrence import recurrent_step as recurrent_step
 from ssm_jax.ops.recurrence import s4d_recurrence as s4d_recurrence
 from ssm_jax.ops.scan import linear_recurrence as linear_recurrence
+from ssm_jax.ops.scan import selective_discretize as selective_discretize
+from ssm_jax.ops.scan import selective_scan as selective_scan
+from ssm_jax.ops.scan import selective_states as selective_states
+from ssm_jax.ops.scan import selective_step as selective_step
 from ssm_jax.ops.state_matrices import diagonalize as diagonalize
 from ssm_jax.ops.state_matrices import hippo as hippo
 from ssm_jax.ops.state_matrices import state_matrices as state_matrices

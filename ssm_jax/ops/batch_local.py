@@ -11,8 +11,9 @@ BATCH_AXES = ("data", "fsdp")
 """The mesh axes over which a batch is divided."""
 
 
-def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
-    """Wraps `fn(x, *weights)` so that each device computes its rows of `x` (batch first) with all of the weights.
+def batch_local(fn: Callable[..., PyTree[Array]]) -> Callable[..., PyTree[Array]]:
+    """Wraps `fn(x, *weights)` so that each device computes its rows of `x` (arrays, batch first) with all of the
+    weights.
 
     XLA cannot partition an FFT over its batch dimensions (openxla/xla#24): under plain `jit`, CPUs and GPUs gather
     the whole batch on every device, and TPUs gather per-device kernel gradients. Nor does it keep a batch divided that
@@ -23,15 +24,16 @@ def batch_local(fn: Callable[..., Array]) -> Callable[..., Array]:
     Raises ValueError if the batch is not divisible by the devices it is divided over.
     """
 
-    def wrapped(x: Array, *weights: PyTree[Array]) -> Array:
+    def wrapped(x: PyTree[Array], *weights: PyTree[Array]) -> PyTree[Array]:
         mesh = jax.sharding.get_abstract_mesh()
         axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
         n_shards = math.prod(mesh.shape[axis] for axis in axes)
         if n_shards == 1 or mesh.manual_axes:
             return fn(x, *weights)
-        if x.shape[0] % n_shards:
+        rows = jax.tree.leaves(x)[0].shape[0]
+        if rows % n_shards:
             raise ValueError(
-                f"batch size must be a multiple of {n_shards}, the devices of mesh axes {axes}, got {x.shape[0]}; "
+                f"batch size must be a multiple of {n_shards}, the devices of mesh axes {axes}, got {rows}; "
                 "pad the batch."
             )
         sharded = jax.shard_map(fn, in_specs=(P(axes), *[P()] * len(weights)), out_specs=P(axes))
