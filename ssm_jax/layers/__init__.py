@@ -1,6 +1,7 @@
 """Flax NNX modules, one section of a paper each."""
 
 from ssm_jax.layers.s4nd import S4ND as S4ND
+from ssm_jax.layers.s6la import S6LAConv as S6LAConv
 from ssm_jax.layers.ssm_kernel import DPLRKernel as DPLRKernel
 from ssm_jax.layers.ssm_kernel import S4DKernel as S4DKernel
 from ssm_jax.layers.ssm_kernel import SSMParam as SSMParam

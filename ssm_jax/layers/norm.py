@@ -28,6 +28,7 @@ class BatchNorm(nnx.Module):
         *,
         momentum: float = 0.9,
         epsilon: float = 1e-5,
+        affine: bool = True,
         scale_init: jax.nn.initializers.Initializer = jax.nn.initializers.ones,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -39,13 +40,14 @@ class BatchNorm(nnx.Module):
             num_features: size of the last axis.
             momentum: weight of the old running statistics, 1 - PyTorch's `momentum`.
             epsilon: added to the variance.
+            affine: multiply by a learned factor and add a learned bias.
             scale_init: of the factor after normalisation; zeros for the last one of a residual branch.
             dtype: dtype of the output; None: the input's.
             param_dtype: dtype of the parameters.
             rngs: source of the `params` stream.
         """
-        self.scale = nnx.Param(scale_init(rngs.params(), (num_features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((num_features,), param_dtype))
+        self.scale = nnx.Param(scale_init(rngs.params(), (num_features,), param_dtype)) if affine else None
+        self.bias = nnx.Param(jnp.zeros((num_features,), param_dtype)) if affine else None
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), jnp.float32))
         self.var = nnx.BatchStat(jnp.ones((num_features,), jnp.float32))
         self.momentum = momentum
@@ -64,7 +66,7 @@ class BatchNorm(nnx.Module):
         Raises ValueError in training for a single value per channel, which has no variance.
         """
         precise = at_least_float32(x.dtype)
-        scale, bias, mean, var = (value[...].astype(precise) for value in (self.scale, self.bias, self.mean, self.var))
+        mean, var = self.mean[...].astype(precise), self.var[...].astype(precise)
         expand = (None,) * (x.ndim - 1)
         x_centred = x.astype(precise) - mean[expand]
         if not self.use_running_average:
@@ -77,8 +79,13 @@ class BatchNorm(nnx.Module):
             self._move(self.mean, mean + offset)
             self._move(self.var, var * (count / (count - 1)))
             x_centred -= offset[expand]
-        factor = scale * jax.lax.rsqrt(var + self.epsilon)
-        return (x_centred * factor[expand] + bias[expand]).astype(self.dtype or x.dtype)
+        factor = jax.lax.rsqrt(var + self.epsilon)
+        if self.scale is not None:
+            factor = self.scale[...].astype(precise) * factor
+        y = x_centred * factor[expand]
+        if self.bias is not None:
+            y = y + self.bias[...].astype(precise)[expand]
+        return y.astype(self.dtype or x.dtype)
 
     def _move(self, statistic: nnx.BatchStat, value: Float[Array, " c"]) -> None:
         """Moves a running statistic towards the value of this batch."""

@@ -13,7 +13,7 @@ from ssm_jax.models.convnext import convnext_3d_s4nd, convnext_s3d, convnext_s4n
 from ssm_jax.models.isotropic import Isotropic as Isotropic
 from ssm_jax.models.isotropic import isotropic_conv2d, isotropic_s4nd
 from ssm_jax.models.pvt_v2 import PVTv2 as PVTv2
-from ssm_jax.models.resnet import BasicBlock, resnet_cifar
+from ssm_jax.models.resnet import BasicBlock, resnet_cifar, resnet_s6la
 from ssm_jax.models.resnet import ResNet as ResNet
 from ssm_jax.models.swin import SwinTransformer as SwinTransformer
 from ssm_jax.models.vit import VisionTransformer as VisionTransformer
@@ -53,6 +53,9 @@ _MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
     "resnet50": (ResNet, {"depths": (3, 4, 6, 3)}),
     "resnet101": (ResNet, {"depths": (3, 4, 23, 3)}),
     "resnet152": (ResNet, {"depths": (3, 8, 36, 3)}),
+    "resnet50_s6la": (resnet_s6la, {"depths": (3, 4, 6, 3)}),
+    "resnet101_s6la": (resnet_s6la, {"depths": (3, 4, 23, 3)}),
+    "resnet152_s6la": (resnet_s6la, {"depths": (3, 8, 36, 3)}),
     "resnet_cifar": (resnet_cifar, {}),
     "swin_tiny": (SwinTransformer, {"depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}),
     "swin_small": (SwinTransformer, {"depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}),

@@ -7,7 +7,7 @@ The first block of a stage halves the map, in its 3 x 3 convolution.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear
 from ssm_jax.layers.norm import BatchNorm
+from ssm_jax.layers.s6la import S6LAConv
 from ssm_jax.layers.stack import Stack
 
 stem_7x7 = functools.partial(conv, kernel_size=7, stride=2)
@@ -88,6 +89,7 @@ class Residual(nnx.Module):
         stride: int = 1,
         attention: Callable[..., nnx.Module] | None = None,
         shortcut: Callable[..., nnx.Module] = projection,
+        aggregation: Any = None,
         rngs: nnx.Rngs,
         **dtypes: Any,
     ):
@@ -101,11 +103,14 @@ class Residual(nnx.Module):
                 `SqueezeExcite`.
             shortcut: makes the shortcut of a block that changes the shape, called as `shortcut(in_channels,
                 out_channels, stride=..., ...)`: `projection` or `pooled_projection`.
+            aggregation: what the stage's blocks share for the aggregation of layers, such as an `S6LAConv`; the block
+                makes its cell, and is called with it.
             rngs: source of the `params` stream.
             dtypes: `dtype` of convolutions and activations, `param_dtype` of the parameters.
         """
         self.out_channels = out_channels
         self.se = None if attention is None else attention(out_channels, **dtypes, rngs=rngs)
+        self.cell = None if aggregation is None else aggregation.cell(**dtypes, rngs=rngs)
         same = stride == 1 and in_channels == out_channels
         self.downsample = None if same else shortcut(in_channels, out_channels, stride=stride, **dtypes, rngs=rngs)
         self.drop_path = DropPath()
@@ -115,14 +120,28 @@ class Residual(nnx.Module):
         raise NotImplementedError
 
     def __call__(
-        self, x: Float[Array, "b h w c"], drop_path: float | Float[Array, ""] = 0.0, *, rngs: nnx.Rngs | None = None
-    ) -> Float[Array, "b h2 w2 d"]:
-        """Applies the block; `drop_path` is the rate at which the branch is dropped."""
-        y = self.branch(x)
+        self,
+        x: Any,
+        drop_path: float | Float[Array, ""] = 0.0,
+        *,
+        aggregation: Any = None,
+        rngs: nnx.Rngs | None = None,
+    ) -> Any:
+        """Applies the block to a map (b, h, w, c); `drop_path` is the rate at which the branch is dropped.
+
+        With an `aggregation`, that of the constructor, `x` is a pair of map and state, and so is the output.
+        """
+        x, h = (x, None) if aggregation is None else x
+        y = self.branch(x if aggregation is None else aggregation.read(x, h))
         if self.se is not None:
             y = self.se(y)
         identity = x if self.downsample is None else self.downsample(x)
-        return nnx.relu(identity + self.drop_path(y, drop_path, rngs=rngs))
+        y = nnx.relu(identity + self.drop_path(y, drop_path, rngs=rngs))
+        return y if aggregation is None else (y, aggregation.write(self.cell, y, h))
+
+
+def _dtypes(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("dtype", "param_dtype") if name in options}
 
 
 class BasicBlock(Residual):
@@ -134,13 +153,14 @@ class BasicBlock(Residual):
         width: int,
         *,
         stride: int = 1,
-        attention: Callable[..., nnx.Module] | None = None,
-        shortcut: Callable[..., nnx.Module] = projection,
+        aggregation: Any = None,
         rngs: nnx.Rngs,
-        **dtypes: Any,
+        **options: Any,
     ):
         """Builds the block; the output has `width` channels, all else is as in `Residual`."""
-        super().__init__(in_channels, width, stride=stride, attention=attention, shortcut=shortcut, **dtypes, rngs=rngs)
+        super().__init__(in_channels, width, stride=stride, aggregation=aggregation, **options, rngs=rngs)
+        dtypes = _dtypes(options)
+        in_channels += 0 if aggregation is None else aggregation.state_dim
         self.conv1 = conv(in_channels, width, 3, stride=stride, **dtypes, rngs=rngs)
         self.bn1 = BatchNorm(width, **dtypes, rngs=rngs)
         self.conv2 = conv(width, width, 3, **dtypes, rngs=rngs)
@@ -163,10 +183,9 @@ class Bottleneck(Residual):
         stride: int = 1,
         groups: int = 1,
         base_width: int = 64,
-        attention: Callable[..., nnx.Module] | None = None,
-        shortcut: Callable[..., nnx.Module] = projection,
+        aggregation: Any = None,
         rngs: nnx.Rngs,
-        **dtypes: Any,
+        **options: Any,
     ):
         """Builds the block; the output has 4 `width` channels.
 
@@ -176,10 +195,9 @@ class Bottleneck(Residual):
             stride: of the block, taken by the 3 x 3 convolution.
             groups: of that convolution, more than one in a ResNeXt (arXiv:1611.05431, where it is the cardinality).
             base_width: channels of a group where `width` is 64.
-            attention: see `Residual`.
-            shortcut: see `Residual`.
+            aggregation: see `Residual`.
             rngs: source of the `params` stream.
-            dtypes: `dtype` of convolutions and activations, `param_dtype` of the parameters.
+            options: the others of `Residual`.
 
         Raises:
             ValueError: for fewer than one group, or none of a channel.
@@ -189,9 +207,9 @@ class Bottleneck(Residual):
             raise ValueError(f"groups must be at least 1, got {groups}.")
         if inner < 1:
             raise ValueError(f"base_width must be at least {-(-64 // width)} for width={width}, got {base_width}.")
-        super().__init__(
-            in_channels, out_channels, stride=stride, attention=attention, shortcut=shortcut, **dtypes, rngs=rngs
-        )
+        super().__init__(in_channels, out_channels, stride=stride, aggregation=aggregation, **options, rngs=rngs)
+        dtypes = _dtypes(options)
+        in_channels += 0 if aggregation is None else aggregation.state_dim
         self.conv1 = conv(in_channels, inner, 1, **dtypes, rngs=rngs)
         self.bn1 = BatchNorm(inner, **dtypes, rngs=rngs)
         self.conv2 = conv(inner, inner, 3, stride=stride, groups=groups, **dtypes, rngs=rngs)
@@ -219,6 +237,7 @@ class ResNet(nnx.Module):
         stem: Callable[..., nnx.Module] = stem_7x7,
         stem_width: int = 64,
         max_pool: bool = True,
+        aggregation: Callable[..., nnx.Module] | None = None,
         in_channels: int = 3,
         drop_path: float = 0.0,
         remat: str = "none",
@@ -237,6 +256,8 @@ class ResNet(nnx.Module):
             stem: makes the first convolution, called as `stem(in_channels, stem_width, ...)`.
             stem_width: channels after the stem.
             max_pool: whether maxima of 3 x 3 windows at stride 2 come after the stem.
+            aggregation: makes what a stage's blocks share to aggregate layers, called as `aggregation(channels, ...)`
+                with the channels of their outputs, such as `S6LAConv`; None: each block sees the one before it alone.
             in_channels: channels of the images.
             drop_path: rate of stochastic depth at the last block; it grows from 0 at the first.
             remat: what the backward pass keeps of a block, see `Stack`.
@@ -263,12 +284,17 @@ class ResNet(nnx.Module):
         self.conv1 = stem(in_channels, stem_width, **dtypes, rngs=rngs)
         self.bn1 = BatchNorm(stem_width, **dtypes, rngs=rngs)
         self.stages = nnx.List()
+        self.aggregations = nnx.List()
         channels = stem_width
         for stage, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            blocks = []
+            blocks, options = [], dict(dtypes)
+            if aggregation is not None:
+                described: Any = nnx.eval_shape(lambda width=width: block(1, width, **dtypes, rngs=nnx.Rngs(0)))
+                self.aggregations.append(aggregation(described.out_channels, **dtypes, rngs=rngs))
+                options["aggregation"] = self.aggregations[-1]
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width, stride=stride, **dtypes, rngs=rngs))
+                blocks.append(block(channels, width, stride=stride, **options, rngs=rngs))
                 channels = blocks[-1].out_channels
             self.stages.append(Stack(blocks, drop_path=rates[stage], remat=remat, scan=scan))
         self.head = linear(channels, num_classes, **dtypes, rngs=rngs)
@@ -286,9 +312,13 @@ class ResNet(nnx.Module):
         x = self.stem(images)
         if self.max_pool:
             x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore
-        maps = []
-        for stage in self.stages:
-            x = stage(x, rngs=rngs)
+        maps, h = [], None
+        for i, stage in enumerate(self.stages):
+            if self.aggregations:
+                shared = self.aggregations[i]
+                x, h = stage((x, shared.start(x, h)), aggregation=shared, rngs=rngs)
+            else:
+                x = stage(x, rngs=rngs)
             maps.append(x)
         return tuple(maps)
 
@@ -297,6 +327,11 @@ class ResNet(nnx.Module):
     ) -> Float[Array, "b num_classes"]:
         """Returns logits."""
         return self.head(self.features(images, rate=rate, rngs=rngs)[-1].mean((1, 2)))
+
+
+def resnet_s6la(num_classes: int, *, aggregation: Mapping[str, Any] | None = None, **network: Any) -> ResNet:
+    """A ResNet whose layers a selective state space aggregates; `aggregation` holds arguments of `S6LAConv`."""
+    return ResNet(num_classes, aggregation=functools.partial(S6LAConv, **(aggregation or {})), **network)
 
 
 def resnet_cifar(num_classes: int, *, depth: int = 56, **network: Any) -> ResNet:
