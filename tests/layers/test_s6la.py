@@ -28,6 +28,7 @@ def network(**options):
     return drawn(lambda: ResNet(5, **options, rngs=nnx.Rngs(0)), seed=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameters"), [("resnet50_s6la", 26.047), ("resnet101_s6la", 45.178), ("resnet152_s6la", 60.945)]
 )
@@ -37,6 +38,7 @@ def test_networks_have_the_counted_parameters(name, parameters):
     assert round(count / 1e6, 3) == parameters
 
 
+@pytest.mark.slow
 def test_resnet50_has_the_counted_multiply_adds():
     model = nnx.eval_shape(lambda: ssm_jax.create_model("resnet50_s6la", num_classes=1000, rngs=nnx.Rngs(0)))
     assert round(ssm_jax.summary(model, (1, 224, 224, 3)).total.multiply_adds / 1e9, 3) == 4.680
@@ -132,6 +134,7 @@ def test_loops_and_rematerialisation_change_no_number(how):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * largest), *results)
 
 
+@pytest.mark.slow
 def test_every_parameter_is_used():
     f, params = split(network(depths=(2, 1, 1, 1)))
     grads = jax.jit(jax.grad(lambda params: jnp.sum(jnp.sin(f(params, normal(4, 32, 32, 3))))))(params)

@@ -43,6 +43,7 @@ def small_s4nd(num_classes=5, **options):
     return drawn(lambda: convnext_s4nd(num_classes, **options, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "options", "expected"),
     [
@@ -111,6 +112,7 @@ RELEASE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RELEASE)
 def test_logits_of_s4nd_networks_are_the_releases(shared, name):
     with np.load(shared / f"golden/s4nd/model_convnext{name}.npz") as arrays:
@@ -127,6 +129,7 @@ def test_logits_of_s4nd_networks_are_the_releases(shared, name):
         assert_close(call(model, x, rate=float(arrays[f"{tag}/rate"])), arrays[f"{tag}/y"], 5e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("downsample", ["conv", "s4nd", "s4nd_gelu"])
 @pytest.mark.parametrize("stem", STEMS)
 def test_every_stem_and_downsampling_gives_maps_of_a_quarter_to_a_32nd(stem, downsample):
@@ -224,6 +227,7 @@ def test_a_convolutional_network_ignores_the_rate():
     np.testing.assert_array_equal(call(model, x, rate=2.0), call(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{"scan": True}, {"remat": "nothing_saveable"}, {"scan": True, "remat": "dots_saveable"}]
 )
@@ -263,6 +267,7 @@ def test_initial_values_are_the_originals():
     assert np.std(fc) == pytest.approx((3 * 32) ** -0.5, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["s4nd_patch", "new_s4nd_patch", "s4nd"])
 def test_every_parameter_is_used(stem):
     f, params = split(small_s4nd(stem=stem, downsample="s4nd"))

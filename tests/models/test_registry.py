@@ -53,11 +53,13 @@ PAPER = {
 """Those of S4ND's networks, by its release."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "expected"), (TIMM | PAPER).items())
 def test_networks_have_the_originals_numbers_of_parameters(name, expected):
     assert count(name) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ssm_jax.list_models())
 def test_every_listed_name_builds_a_network_with_logits_and_stage_maps(name):
     model = abstract(name)
