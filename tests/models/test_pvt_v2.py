@@ -202,6 +202,7 @@ def test_logits_are_the_classifier_of_the_mean_of_the_last_map(linear):
     assert_close(jax.jit(lambda x: model(x, rate=2.0))(x), expected)
 
 
+@pytest.mark.slow
 def test_loops_and_rematerialisation_change_no_number():
     stage = {"dims": (4,), "depths": (2,), "num_heads": (2,), "sr_ratios": (2,), "mlp_ratios": (2,)}
     model = small(**stage, drop_path=0.5)

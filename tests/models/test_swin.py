@@ -277,6 +277,7 @@ def test_tables_of_no_square_window_are_rejected(shape):
         resample_relative_positions(np.zeros((9, 1), np.float32), 0)
 
 
+@pytest.mark.slow
 def test_loops_and_rematerialisation_change_no_number():
     model = small(depths=(4,), num_heads=(2,), drop_path=0.5)
     x = jnp.asarray(images(2, 16, 16, 3))

@@ -236,6 +236,7 @@ def test_s4nd_is_that_of_the_paper_but_for_what_is_overridden():
     assert build(mixer={"l_max": 9}).blocks.blocks[0].mixer.l_max == (9,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "view"),
     [
