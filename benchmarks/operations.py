@@ -37,6 +37,7 @@ def operations(batch: int) -> dict[str, Operation]:
         "3 x 3, ResNet-50, stage 3": convolution((batch, 14, 14, 256), 3),
         "3 x 3, ResNet-50, stage 4": convolution((batch, 7, 7, 512), 3),
         "1 x 1, ResNet-50, stage 1": convolution((batch, 56, 56, 256), 1),
+        "the same as a product": product(((batch * 56 * 56, 256), (256, 256))),
         "7 x 7 depthwise, ConvNeXt-T, stage 1": convolution((batch, 56, 56, 96), 7, groups=96),
         "7 x 7 depthwise, ConvNeXt-T, stage 3": convolution((batch, 14, 14, 384), 7, groups=384),
         "attention, DeiT-S": attention((batch, 197, 6, 64)),

@@ -1,4 +1,4 @@
-"""Modules with drawn parameters: the initial values of real ones take seconds to compile."""
+"""Modules with drawn parameters, as initial values take seconds to compile, and what goes with them."""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +20,19 @@ def split(module):
     return lambda state, *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs), nnx.to_pure_dict(
         state
     )
+
+
+def images(*shape, seed=0):
+    """Normal numbers."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Of one shape, and equal to within a part of the largest expected value."""
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+def size(module):
+    """The number of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 class Pointwise(nnx.Conv):
     """A 1 x 1 convolution; on CPUs as the product that it is, for whose gradient XLA does not transpose maps.
 
-    That makes a training step of ResNet-50 a fifth shorter there, and 6 % longer on a TPU by XLA's estimate.
+    `python -m benchmarks.backbones` has both. By XLA's estimate, ResNet-50 as products is slower on a TPU.
     """
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_AXES = {1: ("length",), 2: ("height", "width"), 3: ("time", "height", "width")}
+_AXES = {2: ("height", "width"), 3: ("time", "height", "width")}
 
 
 def check_images(

@@ -1,7 +1,5 @@
 """The position-wise network of transformer and ConvNeXt blocks."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -19,15 +17,14 @@ class MLP(nnx.Module):
         hidden: int,
         *,
         dropout: float = 0.0,
-        linear: Callable[..., nnx.Linear] = normal_linear,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Builds both maps with `linear`; `dropout` is after each of them."""
+        """Builds both maps; `dropout` is after each of them."""
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
-        self.fc1 = linear(d_model, hidden, **dtypes, rngs=rngs)
-        self.fc2 = linear(hidden, d_model, **dtypes, rngs=rngs)
+        self.fc1 = normal_linear(d_model, hidden, **dtypes, rngs=rngs)
+        self.fc2 = normal_linear(hidden, d_model, **dtypes, rngs=rngs)
         self.dropout = nnx.Dropout(dropout)
 
     def __call__(self, x: Float[Array, "*b d_model"], *, rngs: nnx.Rngs | None = None) -> Float[Array, "*b d_model"]:

@@ -80,7 +80,7 @@ def diagonalize(A: np.ndarray, B: np.ndarray, P: np.ndarray) -> tuple[np.ndarray
 _MAX_IMAG_B = 2.0
 
 
-@functools.cache  # a network has one for each axis of each layer, and an eigendecomposition takes 50 ms
+@functools.cache  # a network asks for one for each axis of each layer
 def _hippo_modes(measure: str, d_state: int) -> StateMatrices:
     W, B, P, V = diagonalize(*hippo(measure, d_state))
     B = np.real(B) + 1j * np.clip(np.imag(B), -_MAX_IMAG_B, _MAX_IMAG_B)

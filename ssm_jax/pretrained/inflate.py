@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from flax import nnx
 
-from ssm_jax.models.convnext import ConvNeXt, FactorizedConv
+from ssm_jax.layers.stems import FactorizedConv
+from ssm_jax.models.convnext import ConvNeXt
 from ssm_jax.pretrained.names import Path
 
 

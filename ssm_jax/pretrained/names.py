@@ -216,7 +216,7 @@ _RELEASE_STEMS: list[tuple[str, tuple[str, ...], _Rules]] = [
         [
             (r"^stem\.project\.", "stem.stem.0."),
             (r"^stem\.norm\.", "stem.stem.1."),
-            (r"^stem\.body\.", "stem.stem.3."),
+            (r"^stem\.body\.conv\.", "stem.stem.3."),
             *_DOWNSAMPLE,
         ],
     ),

@@ -51,7 +51,13 @@ def test_two_steps_are_pytorchs(shared, case):
         options = json.loads(str(file["meta"]))["cases"][case]
     names = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
     initial = {ours: arrays.get(f"param/{theirs}") for ours, theirs in names.items()}
-    layer = build(options["shape"][1], momentum=1 - options["momentum"], epsilon=options["eps"], **initial)
+    layer = build(
+        options["shape"][1],
+        momentum=1 - options["momentum"],
+        epsilon=options["eps"],
+        affine=options["affine"],
+        **initial,
+    )
     nchw = lambda x: np.moveaxis(np.asarray(x), -1, 1)  # noqa: E731
     for step in (0, 1):
         x, weights = (jnp.asarray(np.moveaxis(arrays[f"{name}{step}"], 1, -1)) for name in "xw")

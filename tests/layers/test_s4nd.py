@@ -455,3 +455,12 @@ def test_rate_may_be_a_number_of_numpy():
 def test_impossible_rate_is_rejected(rate):
     with pytest.raises(ValueError, match="rate must be positive, one number or one for each of 2 axes, got "):
         small(2)(jnp.ones((2, 4, 4, 3)), rate=rate)
+
+
+def test_axes_may_have_options_of_their_own():
+    own = [{"d_state": 6, "bandlimit": 0.5}, {}]
+    layer = S4ND(4, dims=2, d_state=8, per_axis=own, rngs=nnx.Rngs(0))
+    assert [kernel.C.shape[-1] for kernel in layer.kernels] == [3, 4]
+    assert [kernel.bandlimit for kernel in layer.kernels] == [0.5, None]
+    with pytest.raises(ValueError, match="per_axis must have options for each of 2 axes, got 1"):
+        S4ND(4, dims=2, per_axis=own[:1], rngs=nnx.Rngs(0))

@@ -5,28 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modules import drawn, split
+from modules import assert_close, drawn, images, split
 
 from ssm_jax.layers import S4ND
-from ssm_jax.models.convnext import (
-    ConvNeXt,
-    Convolution,
-    FactorizedConv,
-    Pooled,
-    convnext_3d_s4nd,
-    convnext_s3d,
-    convnext_s4nd,
-)
+from ssm_jax.layers.stems import Convolution, FactorizedConv, Pooled
+from ssm_jax.models.convnext import ConvNeXt, convnext_3d_s4nd, convnext_s3d, convnext_s4nd
 from ssm_jax.pretrained import load_torch
 
 TINY = {"depths": (1, 1, 2, 1), "dims": (8, 12, 16, 20), "img_size": 32}
 MICRO = {"depths": (3, 3, 3, 3), "dims": (64, 128, 256, 512), "img_size": 160}
 VIDEO = (30, 224, 224)
 STEMS = ["patch", "depthwise_patch", "new_patch", "new_s4nd_patch", "s4nd_patch", "s4nd", "default"]
-
-
-def images(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def call(f, x, **options):
@@ -74,10 +63,6 @@ def golden(shared):
     model = nnx.eval_shape(lambda: ConvNeXt(kwargs["num_classes"], **options, rngs=nnx.Rngs(0)))
     load_torch(model, {k.removeprefix("param/"): v for k, v in arrays.items() if k.startswith("param/")})
     return model, arrays
-
-
-def assert_close(ours, expected, tolerance=1e-5):
-    np.testing.assert_allclose(ours, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def test_logits_and_stage_maps_are_timms(golden):

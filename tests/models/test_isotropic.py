@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modules import drawn, split
+from modules import drawn, images, split
 from oracles import gelu, layer_norm
 
 from ssm_jax import create_model
@@ -15,10 +15,6 @@ NAMES = ["isotropic_s4nd", "isotropic_conv2d"]
 def small(name, **arguments):
     arguments = {"num_classes": 3, "d_model": 4, "n_layers": 2, "dropout": 0.0} | arguments
     return drawn(lambda: create_model(name, **arguments, rngs=nnx.Rngs(0)))
-
-
-def images(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def call(model, x, **options):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy
 from flax import nnx
-from modules import drawn, split
+from modules import assert_close, drawn, images, size, split
 
 from ssm_jax.models.swin import (
     Block,
@@ -28,19 +28,6 @@ def build(num_classes=3, **arguments):
 
 def small(**arguments):
     return drawn(lambda: build(**arguments))
-
-
-def images(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    assert actual.shape == expected.shape
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
-
-
-def size(module):
-    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
 
 
 @pytest.mark.parametrize(
