@@ -21,6 +21,16 @@ def _hidden(channels: int, reduction: int, divisor: int) -> int:
     return max(int(channels / reduction + divisor / 2) // divisor, 1) * divisor
 
 
+def _pooled(x: Float[Array, "b *axes c"]) -> Float[Array, "b c"]:
+    """The mean over all axes but the first and the last."""
+    return x.mean(tuple(range(1, x.ndim - 1)))
+
+
+def _over(gates: Float[Array, "b c"], x: Float[Array, "b *axes c"]) -> Float[Array, "b *ones c"]:
+    """`gates` with the axes of `x`."""
+    return gates.reshape(len(gates), *(1,) * (x.ndim - 2), -1)
+
+
 def _maximum(x: Float[Array, "*_"], axis: int) -> Float[Array, "*_"]:
     """The maximum along an axis, which is kept; its gradient goes to the first position that has it.
 
@@ -62,9 +72,10 @@ class SqueezeExcite(nnx.Module):
         self.fc1 = conv(channels, hidden, 1, bias_init=uniform_init(channels), **options, rngs=rngs)
         self.fc2 = conv(hidden, channels, 1, bias_init=uniform_init(hidden), **options, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Scales the channels."""
-        return x * jax.nn.sigmoid(self.fc2(nnx.relu(self.fc1(x.mean((1, 2), keepdims=True)))))
+    def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+        """Scales the channels of a map or of tokens."""
+        pooled = _pooled(x)[:, None, None]
+        return x * _over(jax.nn.sigmoid(self.fc2(nnx.relu(self.fc1(pooled))))[:, 0, 0], x)
 
 
 class ECA(nnx.Module):
@@ -109,10 +120,9 @@ class ECA(nnx.Module):
             rngs=rngs,
         )
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Scales the channels."""
-        gates = jax.nn.sigmoid(self.conv(x.mean((1, 2))[..., None]))
-        return x * gates[..., 0][:, None, None]
+    def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+        """Scales the channels of a map or of tokens."""
+        return x * _over(jax.nn.sigmoid(self.conv(_pooled(x)[..., None]))[..., 0], x)
 
 
 class CBAM(nnx.Module):

@@ -1,108 +1,521 @@
 """S6LA: the layers of a network as time steps of a selective state space model (arXiv:2502.10463).
 
 An independent implementation: the authors' code is not public, and where the paper could not be read the choice is ours
-and an argument here.
+and an argument here. `S6LAConv` is the form for residual networks, with a state at every position; `S6LAToken` the one
+for transformers and ConvNeXt, with a state for every image.
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.aggregation import Aggregation, Stage, beside, halved, reader
 from ssm_jax.layers.conv import conv
+from ssm_jax.layers.drop_path import DropPath
+from ssm_jax.layers.linear import normal_init
 from ssm_jax.layers.norm import BatchNorm
 from ssm_jax.layers.ssm_kernel import SSMParam
-from ssm_jax.ops.scan import selective_discretize
+from ssm_jax.ops.dtypes import at_least_float32
+from ssm_jax.ops.scan import selective_discretize, selective_step
+
+_CHOICES = {
+    "discretization": ("euler", "zoh"),
+    "selective": ("both", "delta", "b", "none"),
+    "a_init": ("s4d_real", "constant", "random"),
+    "share": ("stage", "block"),
+    "state_source": ("block_out", "branch_out"),
+}
 
 
-class S6LAConv(nnx.Module):
+def _check(state_dim: int, drop_path: float, choices: Mapping[str, tuple[str, ...]], **chosen: str) -> None:
+    """Raises ValueError for an impossible argument."""
+    if state_dim < 1:
+        raise ValueError(f"state_dim must be at least 1, got {state_dim}.")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path must be in [0, 1), got {drop_path}.")
+    for argument, value in chosen.items():
+        known = {**_CHOICES, **choices}[argument]
+        if value not in known:
+            why = " (stages are of different widths)" if argument == "share" else ""
+            raise ValueError(f"{argument} must be one of {', '.join(known)}{why}, got {value!r}.")
+
+
+class Decay(nnx.Module):
+    """A = -exp(A_log) < 0 and the bias of Delta = softplus(d + bias), as Mamba starts them."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        *,
+        d_delta: int,
+        a_init: str,
+        train_a: bool,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """Builds A of this `shape`, whose last axis is the state's, and `d_delta` biases.
+
+        A starts, along the last axis, as -1, ..., -N (`s4d_real`), as -1 (`constant`), or with -A log-uniform between 1
+        and N (`random`); Delta log-uniform between 0.001 and 0.1.
+        """
+        n = shape[-1]
+        logarithms = {
+            "s4d_real": lambda: jnp.broadcast_to(jnp.log(jnp.arange(1, n + 1, dtype=param_dtype)), shape),
+            "constant": lambda: jnp.zeros(shape, param_dtype),
+            "random": lambda: jax.random.uniform(rngs.params(), shape, param_dtype, 0.0, math.log(n)),
+        }
+        self.A_log = SSMParam(logarithms[a_init]())
+        self.train_a = train_a
+        dt = jnp.exp(jax.random.uniform(rngs.params(), (d_delta,), param_dtype, math.log(1e-3), math.log(1e-1)))
+        self.dt_bias = SSMParam(dt + jnp.log(-jnp.expm1(-dt)))  # softplus^-1
+
+    @property
+    def A(self) -> Float[Array, "*shape"]:
+        """A."""
+        A_log = self.A_log[...]
+        return -jnp.exp(A_log if self.train_a else jax.lax.stop_gradient(A_log))
+
+    def delta(self, d: Float[Array, "*batch m"] | None, ndim: int) -> Float[Array, "*batch m"]:
+        """Delta for `d`, the part that depends on the input, or without one; of `ndim` axes."""
+        bias = self.dt_bias[...][(None,) * (ndim - 1)]
+        return jax.nn.softplus(bias if d is None else d + bias)
+
+
+class ConvDynamics(nnx.Module):
+    """What the blocks of a stage share, or each has for itself: the projection [W_d; W_B; W_u], A and b."""
+
+    def __init__(
+        self,
+        channels: int,
+        state_dim: int,
+        *,
+        selective: str,
+        a_init: str,
+        train_a: bool,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the parameters."""
+        self.parts = [part for part in ("delta", "b") if selective in (part, "both")] + ["u"]
+        width = len(self.parts) * state_dim
+        self.project = conv(channels, width, 1, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.decay = Decay(
+            (state_dim,), d_delta=state_dim, a_init=a_init, train_a=train_a, param_dtype=param_dtype, rngs=rngs
+        )
+        self.B = None if "b" in self.parts else SSMParam(jnp.ones((state_dim,), param_dtype))
+
+
+class ConvCell(nnx.Module):
+    """What a block has for itself: how it reads the state, and the statistics of the projection."""
+
+    def __init__(self, read: nnx.Module, norm: BatchNorm | None, dynamics: ConvDynamics | None):
+        """Puts them together."""
+        self.read = read
+        self.norm = norm
+        self.dynamics = dynamics
+        self.drop_path = DropPath()
+
+
+class S6LAConv(Aggregation):
     """S6LA between the residual blocks of a stage, with a state of `state_dim` channels at every position.
 
         z = [X, h]                                         the input of a block's branch; its shortcut takes X alone
         [d, B, u] = BN(W X'), Delta = softplus(d + b)      of the block's output X'
         h' = exp(Delta A) h + Delta B u                    elementwise, in float32
 
-    W, A and b are those of the stage, the statistics of BN (which has no parameters) each block's. Where a block halves
-    the map, h is averaged over 2 x 2 positions before its update.
+    W, A and b are those of the stage, the statistics of BN (which has no parameters) each block's. z is not formed: the
+    first convolution of the branch is that of X plus that of h. Where a block halves the map, h is averaged over 2 x 2
+    positions before its update; from stage to stage it goes on.
+
+    Presets: `literal`, the equations without what keeps the state small; `rla_like`, with RLA's choices.
     """
+
+    presets: ClassVar = {
+        "default": {},
+        "literal": {"input_norm": False},
+        "rla_like": {"state_source": "branch_out", "head_state": True},
+    }
 
     def __init__(
         self,
-        channels: int,
+        stage: Stage,
         *,
         state_dim: int = 32,
         discretization: str = "euler",
+        selective: str = "both",
+        train_a: bool = True,
+        a_init: str = "s4d_real",
+        share: str = "stage",
+        state_source: str = "block_out",
+        fuse: str = "concat",
+        head_state: bool = False,
         input_norm: bool = True,
+        drop_path: float = 0.0,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Builds what the blocks of a stage share.
+        """Builds what the blocks of a stage share, and what each has for itself.
 
         Args:
-            channels: of the stage's maps.
+            stage: the blocks, those of a ResNet.
             state_dim: channels of the state, N.
             discretization: `euler` or `zoh`, see `ssm_jax.ops.selective_discretize`.
-            input_norm: normalise the projection W X.
-            dtype: dtype of the projection.
+            selective: what depends on the input besides u: `both` Delta and B, `delta`, `b` or `none`; B is a parameter
+                where it does not.
+            train_a: whether A is trained.
+            a_init: `s4d_real` (-1, ..., -N), `constant` (-1) or `random`.
+            share: whether W, A and b are those of the `stage` or of a `block`.
+            state_source: update the state from X' (`block_out`) or from what the block adds to the shortcut
+                (`branch_out`), as RLA does.
+            fuse: how a branch reads the state: `concat`, as above, or `add`, z = X + W_h h.
+            head_state: let the classifier also see the average of ReLU(BN(h)), as in RLA.
+            input_norm: normalise the projection W X'.
+            drop_path: rate at which a block reads a state of zeros instead, by example.
+            dtype: dtype of products.
             param_dtype: float32 or float64.
             rngs: source of the `params` stream.
 
         Raises:
-            ValueError: for an impossible value.
+            ValueError: for an impossible value, or other blocks.
         """
-        for argument, value in [("channels", channels), ("state_dim", state_dim)]:
-            if value < 1:
-                raise ValueError(f"{argument} must be at least 1, got {value}.")
-        if discretization not in ("euler", "zoh"):
-            raise ValueError(f"discretization must be 'euler' or 'zoh', got {discretization!r}.")
+        _check(
+            state_dim,
+            drop_path,
+            {"fuse": ("concat", "add")},
+            discretization=discretization,
+            selective=selective,
+            a_init=a_init,
+            share=share,
+            state_source=state_source,
+            fuse=fuse,
+        )
+        if not all(hasattr(block, "residual") for block in stage.blocks):
+            raise ValueError("S6LAConv is for the blocks of a ResNet; S6LAToken is for all that keep their map's size.")
         self.state_dim = state_dim
         self.discretization = discretization
-        self.input_norm = input_norm
-        self.project = conv(channels, 3 * state_dim, 1, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        # As in Mamba: A = -1, ..., -N, and steps between 0.001 and 0.1.
-        self.A_log = SSMParam(jnp.log(jnp.arange(1, state_dim + 1, dtype=param_dtype)))
-        dt = jnp.exp(jax.random.uniform(rngs.params(), (state_dim,), param_dtype, math.log(1e-3), math.log(1e-1)))
-        self.dt_bias = SSMParam(dt + jnp.log(-jnp.expm1(-dt)))  # softplus^-1
+        self.state_source = state_source
+        self.fuse = fuse
+        self.drop_path = drop_path
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        dynamics = functools.partial(
+            ConvDynamics,
+            stage.channels,
+            state_dim,
+            selective=selective,
+            a_init=a_init,
+            train_a=train_a,
+            **dtypes,
+            rngs=rngs,
+        )
+        self.dynamics = dynamics() if share == "stage" else None
+        self.cells = nnx.List()
+        for block in stage.blocks:
+            own = dynamics() if share == "block" else None
+            parts = (own or self.dynamics).parts  # pyright: ignore[reportOptionalMemberAccess]
+            norm = BatchNorm(len(parts) * state_dim, affine=False, **dtypes, rngs=rngs) if input_norm else None
+            self.cells.append(ConvCell(self._reader(block, dtypes, rngs), norm, own))
+        self.head_norm = BatchNorm(state_dim, **dtypes, rngs=rngs) if head_state and stage.last else None
+        self.head_channels = state_dim if self.head_norm is not None else 0
 
-    def cell(self, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.Module | None:
-        """What a block has of its own."""
-        return BatchNorm(3 * self.state_dim, affine=False, **dtypes, rngs=rngs) if self.input_norm else None
+    def _reader(self, block: Any, dtypes: Mapping[str, Any], rngs: nnx.Rngs) -> nnx.Module:
+        """The convolution of h: a part of the block's first one, or, to `add`, one to the channels of its input."""
+        if self.fuse == "add":
+            return conv(self.state_dim, block.conv1.in_features, 1, **dtypes, rngs=rngs)
+        return reader(block, self.state_dim, **dtypes, rngs=rngs)
 
     def start(self, x: Float[Array, "b h w c"], h: Float[Array, "b h w n"] | None) -> Float[Array, "b h w n"]:
-        """The state before a stage whose input is `x`: that of the stage before, or zero."""
+        """The state after the stage before, or zero."""
         return jnp.zeros((*x.shape[:-1], self.state_dim), jnp.float32) if h is None else h
 
-    def read(self, x: Float[Array, "b h w c"], h: Float[Array, "b h w n"]) -> Float[Array, "b h w m"]:
-        """The input of a branch."""
-        return jnp.concatenate([x, h.astype(x.dtype)], axis=-1)
-
-    def write(
-        self, cell: nnx.Module | None, x: Float[Array, "b h w c"], h: Float[Array, "b h2 w2 n"]
-    ) -> Float[Array, "b h w n"]:
-        """The state after a block with output `x`."""
-        a, b = self.coefficients(cell, x)
-        return a * halved(h, x.shape[1:3]) + b
+    def __call__(
+        self,
+        block: Any,
+        cell: Any,
+        x: Float[Array, "b h w c"],
+        h: Float[Array, "b h w n"],
+        drop_path: float | Array,
+        *,
+        rngs: nnx.Rngs | None = None,
+        **arguments: Any,
+    ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 n"]]:
+        """One layer: the block reads the state, and the state takes in what the block returns."""
+        seen = cell.drop_path(h, self.drop_path, rngs=rngs).astype(x.dtype)
+        first = beside(block, cell.read, seen)
+        if self.fuse == "add":
+            first = lambda x: block.conv1(x + cell.read(seen))  # noqa: E731
+        y, branch = block.residual(x, drop_path, first=first, rngs=rngs, **arguments)
+        a, b = self.coefficients(cell, branch if self.state_source == "branch_out" else y)
+        return y, a * halved(h, y.shape[1:3]) + b
 
     def coefficients(self, cell: Any, x: Float[Array, "b h w c"]) -> tuple[Array, Array]:
-        """The factor a and the term b of h' = a h + b, in float32."""
-        y = self.project(x)
-        y = y if cell is None else cell(y)
-        d, B, u = jnp.split(y.astype(jnp.float32), 3, axis=-1)
-        delta = jax.nn.softplus(d + self.dt_bias[...][None, None, None])
-        A = -jnp.exp(self.A_log[...])[None, None, None]
-        a, gain = selective_discretize(delta, A, self.discretization)
-        return a, gain * B * u
+        """The factor a and the term b of h' = a h + b after a block with the output `x`, in float32."""
+        dynamics = self.dynamics or cell.dynamics
+        y = dynamics.project(x)
+        y = y if cell.norm is None else cell.norm(y)
+        parts = dict(zip(dynamics.parts, jnp.split(y.astype(jnp.float32), len(dynamics.parts), axis=-1), strict=True))
+        delta = dynamics.decay.delta(parts.get("delta"), y.ndim)
+        B = parts["b"] if dynamics.B is None else dynamics.B[...][None, None, None]
+        a, gain = selective_discretize(delta, dynamics.decay.A[None, None, None], self.discretization)
+        b = gain * B * parts["u"]
+        return jnp.broadcast_to(a, b.shape), b
+
+    def readout(self, x: Float[Array, "b c"], h: Float[Array, "b h w n"]) -> Float[Array, "b d"]:
+        """With `head_state`, x and the average of the normalised state."""
+        if self.head_norm is None:
+            return x
+        return jnp.concatenate([x, nnx.relu(self.head_norm(h)).mean((1, 2)).astype(x.dtype)], axis=-1)
 
 
-def halved(h: Float[Array, "b h w n"], size: tuple[int, ...]) -> Float[Array, "b h2 w2 n"]:
-    """`h` at the `size` of a map: itself, or its means over 2 x 2 positions, at an odd end over those there are."""
-    if h.shape[1:3] == tuple(size):
-        return h
-    h = jnp.pad(h, ((0, 0), (0, h.shape[1] % 2), (0, h.shape[2] % 2), (0, 0)), mode="edge")
-    b, rows, columns, n = h.shape
-    return h.reshape(b, rows // 2, 2, columns // 2, 2, n).mean((2, 4))
+class TokenDynamics(nnx.Module):
+    """What a block has for itself, or a stage's blocks share: maps from the selecting token, A, and the read-out."""
+
+    def __init__(
+        self,
+        d_model: int,
+        state_dim: int,
+        *,
+        selective: str,
+        a_init: str,
+        train_a: bool,
+        zero_init: bool,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        """Builds the parameters; Delta goes through ceil(d_model / 16) features."""
+        exact: Any = {"use_bias": False, "dtype": at_least_float32(param_dtype), "param_dtype": param_dtype}
+        rank = -(-d_model // 16)
+        by_delta, by_b = (selective in (part, "both") for part in ("delta", "b"))
+        self.delta1 = nnx.Linear(d_model, rank, **exact, rngs=rngs) if by_delta else None
+        self.delta2 = nnx.Linear(rank, d_model, **exact, rngs=rngs) if by_delta else None
+        self.decay = Decay(
+            (d_model, state_dim), d_delta=d_model, a_init=a_init, train_a=train_a, param_dtype=param_dtype, rngs=rngs
+        )
+        self.to_b = nnx.Linear(d_model, state_dim, **exact, rngs=rngs) if by_b else None
+        self.B = None if by_b else SSMParam(jnp.ones((state_dim,), param_dtype))
+        init = nnx.initializers.zeros if zero_init else normal_init
+        self.output = nnx.Linear(state_dim, d_model, kernel_init=init, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    def inputs(self, s: Float[Array, "b d"]) -> tuple[Float[Array, "b d"], Float[Array, "b n"]]:
+        """Delta and B for the selecting features `s`, in float32."""
+        d = None if self.delta1 is None or self.delta2 is None else self.delta2(self.delta1(s))
+        delta = jnp.broadcast_to(self.decay.delta(d, s.ndim), s.shape)
+        if self.to_b is not None:
+            return delta, self.to_b(s)
+        assert self.B is not None
+        return delta, jnp.broadcast_to(self.B[...], (len(s), self.B.shape[0]))
+
+
+class TokenCell(nnx.Module):
+    """What a block has for itself."""
+
+    def __init__(self, dynamics: TokenDynamics | None):
+        """Holds the dynamics, unless they are the stage's."""
+        self.dynamics = dynamics
+        self.drop_path = DropPath()
+
+
+class S6LAToken(Aggregation):
+    """S6LA after the blocks of a stage, with one state (channels D, `state_dim` N) for an image.
+
+        s = LN(X_c), Delta = softplus(W_2 W_1 s + b), B = W_B s      of the class token, or of the mean position
+        h'[d, n] = exp(Delta[d] A[d, n]) h[d, n] + Delta[d] B[n] s[d]
+        X_p + W_o (LN(X_p) h' / sqrt(D))                             every position reads; the class token does not
+
+    X is the output of a block; LN has no parameters. Written out, X_p h' is linear attention of the positions to the
+    class tokens of all layers so far, which decays with the layers between. As W_o starts at zero, a network starts as
+    the one without. Presets are those of `S6LAConv`.
+    """
+
+    presets: ClassVar = {
+        "default": {},
+        "literal": {"input_norm": False, "read_norm": False, "zero_init": False},
+        "rla_like": {"state_source": "branch_out", "head_state": True},
+    }
+
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        state_dim: int = 16,
+        discretization: str = "euler",
+        selective: str = "both",
+        train_a: bool = True,
+        a_init: str = "s4d_real",
+        share: str = "block",
+        state_source: str = "block_out",
+        fuse: str = "multiply",
+        token: str | None = None,
+        stage_state: str = "reset",
+        head_state: bool = False,
+        input_norm: bool = True,
+        read_norm: bool = True,
+        zero_init: bool = True,
+        drop_path: float = 0.0,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Builds what each block has for itself, or a stage's blocks share.
+
+        Args:
+            stage: blocks that keep the size of their map.
+            state_dim: N.
+            discretization: `euler` or `zoh`, see `ssm_jax.ops.selective_discretize`.
+            selective: what depends on the input besides s: `both` Delta and B, `delta`, `b` or `none`; B is a parameter
+                where it does not.
+            train_a: whether A is trained.
+            a_init: `s4d_real` (-1, ..., -N for each channel), `constant` (-1) or `random`.
+            share: whether all parameters are those of a `block` or of the `stage`.
+            state_source: take s from the block's output (`block_out`), or from what the block added to its input
+                (`branch_out`).
+            fuse: how positions read: `multiply`, as above; `add`, X_p + W_o (s h' / sqrt(D)), the same for all;
+                `gate`, X_p 2 sigmoid(W_o (LN(X_p) h' / sqrt(D))).
+            token: what s is of, the `class` token or the `mean` position; None: the class token if there is one.
+            stage_state: the state at the start of a stage: zero (`reset`), or W_s h (`project`).
+            head_state: let the classifier also see what it classifies read from the state, LN(x) h / sqrt(D).
+            input_norm: the LN of s.
+            read_norm: the LN of X_p, and 1 / sqrt(D).
+            zero_init: start W_o at zero, otherwise N(0, 0.02^2).
+            drop_path: rate at which a block's positions read nothing, by example.
+            dtype: dtype of products with all positions.
+            param_dtype: float32 or float64.
+            rngs: source of the `params` stream.
+
+        Raises:
+            ValueError: for an impossible value, and for the class token where there is none.
+        """
+        _check(
+            state_dim,
+            drop_path,
+            {
+                "fuse": ("multiply", "add", "gate"),
+                "token": ("class", "mean"),
+                "stage_state": ("reset", "project"),
+            },
+            discretization=discretization,
+            selective=selective,
+            a_init=a_init,
+            share=share,
+            state_source=state_source,
+            fuse=fuse,
+            token=token or "mean",
+            stage_state=stage_state,
+        )
+        if token == "class" and not stage.prefix:
+            raise ValueError("token must be 'mean' in a network without a class token, got 'class'.")
+        self.state_dim, self.channels, self.prefix = state_dim, stage.channels, stage.prefix
+        self.discretization = discretization
+        self.state_source = state_source
+        self.fuse = fuse
+        self.by_class = bool(stage.prefix) if token is None else token == "class"
+        self.input_norm, self.read_norm = input_norm, read_norm
+        self.drop_path = drop_path
+        dynamics = functools.partial(
+            TokenDynamics,
+            stage.channels,
+            state_dim,
+            selective=selective,
+            a_init=a_init,
+            train_a=train_a,
+            zero_init=zero_init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.dynamics = dynamics() if share == "stage" else None
+        self.cells = nnx.List(TokenCell(dynamics() if share == "block" else None) for _ in stage.blocks)
+        exact: Any = {"use_bias": False, "dtype": at_least_float32(param_dtype), "param_dtype": param_dtype}
+        carried = stage.previous if stage_state == "project" else None
+        self.carry = None if carried is None else nnx.Linear(carried, stage.channels, **exact, rngs=rngs)
+        self.head_channels = state_dim if head_state and stage.last else 0
+
+    def start(self, x: Float[Array, "b *axes d"], h: Float[Array, "b c n"] | None) -> Float[Array, "b d n"]:
+        """Zero, or the state after the stage before in this one's channels."""
+        if self.carry is None or h is None:
+            return jnp.zeros((len(x), self.channels, self.state_dim), jnp.float32)
+        return jnp.swapaxes(self.carry(jnp.swapaxes(h, 1, 2)), 1, 2)
+
+    def __call__(
+        self,
+        block: Any,
+        cell: Any,
+        x: Float[Array, "b *axes d"],
+        h: Float[Array, "b d n"],
+        drop_path: float | Array,
+        *,
+        size: tuple[int, int] | None = None,
+        rngs: nnx.Rngs | None = None,
+        **arguments: Any,
+    ) -> tuple[Float[Array, "b *axes d"], Float[Array, "b d n"]]:
+        """One layer: the state takes in what the block returns, and its positions read the state."""
+        del size
+        y = block(x, drop_path, rngs=rngs, **arguments)
+        s = self.select(y - x if self.state_source == "branch_out" else y)
+        h = self.update(cell, s, h)
+        return self._read(cell, y, s, h, rngs), h
+
+    def select(self, x: Float[Array, "b *axes d"]) -> Float[Array, "b d"]:
+        """s, in float32."""
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        s = tokens[:, 0] if self.by_class else tokens[:, self.prefix :].mean(1, dtype=jnp.float32)
+        s = s.astype(at_least_float32(s.dtype))
+        return normalised(s) if self.input_norm else s
+
+    def update(self, cell: Any, s: Float[Array, "b d"], h: Float[Array, "b d n"]) -> Float[Array, "b d n"]:
+        """The state h' after a block."""
+        dynamics = self.dynamics or cell.dynamics
+        delta, B = dynamics.inputs(s)
+        return selective_step(h, s, delta, dynamics.decay.A, B, discretization=self.discretization)
+
+    def coefficients(self, cell: Any, x: Float[Array, "b *axes d"]) -> tuple[Array, Array]:
+        """The factor a and the term b, (b, d, n), of h' = a h + b after a block with the output `x`, in float32."""
+        dynamics = self.dynamics or cell.dynamics
+        s = self.select(x)
+        delta, B = dynamics.inputs(s)
+        a, gain = selective_discretize(delta[..., None], dynamics.decay.A[None], self.discretization)
+        return a, gain * B[:, None] * s[..., None]
+
+    def _read(self, cell: Any, x: Array, s: Array, h: Array, rngs: nnx.Rngs | None) -> Array:
+        """`x` with what its positions read."""
+        output = (self.dynamics or cell.dynamics).output
+        tokens = x.reshape(len(x), -1, x.shape[-1])
+        if self.fuse == "add":
+            read = output(self._scaled(jnp.einsum("bd,bdn->bn", s, h))[:, None].astype(x.dtype))
+        else:
+            seen = normalised(tokens) if self.read_norm else tokens
+            read = output(jnp.einsum("btd,bdn->btn", seen, self._scaled(h).astype(x.dtype)))
+        if self.fuse == "gate":
+            read = tokens * (2 * jax.nn.sigmoid(read) - 1)
+        if self.prefix:  # a mask is cheaper than to cut and join
+            positions = np.arange(tokens.shape[1])[None, :, None] >= self.prefix
+            read = jnp.where(positions, read, jnp.zeros_like(read))
+        return (tokens + cell.drop_path(read, self.drop_path, rngs=rngs)).reshape(x.shape)
+
+    def _scaled(self, x: Array) -> Array:
+        return x * self.channels**-0.5 if self.read_norm else x
+
+    def readout(self, x: Float[Array, "b d"], h: Float[Array, "b d n"]) -> Float[Array, "b m"]:
+        """With `head_state`, x and what it reads."""
+        if not self.head_channels:
+            return x
+        seen = (normalised(x) if self.read_norm else x).astype(h.dtype)
+        read = self._scaled(jnp.einsum("bd,bdn->bn", seen, h))
+        return jnp.concatenate([x, read.astype(x.dtype)], axis=-1)
+
+
+def normalised(x: Float[Array, "... d"]) -> Float[Array, "... d"]:
+    """LN without parameters, computed in float32."""
+    precise = x.astype(at_least_float32(x.dtype))
+    centred = precise - precise.mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)).astype(x.dtype)

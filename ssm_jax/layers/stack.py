@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
+
+from ssm_jax.layers.aggregation import Aggregation
 
 
 def _real(policy: Callable[..., Any]) -> Callable[..., bool]:
@@ -29,28 +32,36 @@ REMAT = {
 
 
 class Stack(nnx.Module):
-    """The blocks of one stage, called as `block(x, drop_path, rngs=..., **arguments)`; `x` may be a tree of arrays.
+    """The blocks of one stage, called as `block(x, drop_path, rngs=..., **arguments)`, and what aggregates them.
 
     `nnx.view(model, remat=..., scan=...)` is the same network, with the same parameters, run in another way.
     """
 
     def __init__(
-        self, blocks: Iterable[nnx.Module], *, drop_path: Sequence[float], remat: str = "none", scan: bool = False
+        self,
+        blocks: Iterable[nnx.Module],
+        *,
+        drop_path: Sequence[float],
+        aggregation: Aggregation | None = None,
+        remat: str = "none",
+        scan: bool = False,
     ):
         """Puts blocks together.
 
         Args:
             blocks: the blocks.
             drop_path: a rate for each, see `DropPath`.
+            aggregation: calls the blocks instead.
             remat: what the backward pass keeps of a block, a name in `REMAT`.
             scan: run equal blocks, or equal pairs where two kinds take turns, as one `jax.lax.scan`, also after a
                 first block that is different. XLA then compiles one of them instead of all, which takes less time for
                 many blocks and more for two or three: see docs/benchmarks.md.
 
         Raises:
-            ValueError: for an unknown `remat`.
+            ValueError: for an unknown `remat`, or `scan` with an aggregation whose state grows.
         """
         self.blocks = nnx.List(blocks)
+        self.aggregation = aggregation
         self.drop_path = tuple(drop_path)
         self.set_view(remat=remat, scan=scan)
 
@@ -61,59 +72,100 @@ class Stack(nnx.Module):
                 raise ValueError(f"remat must be one of {', '.join(REMAT)}, got {remat!r}.")
             self.remat = remat
         if scan is not None:
+            if scan and self.aggregation is not None and not self.aggregation.loops:
+                kind = type(self.aggregation).__name__
+                raise ValueError(f"scan must be False with {kind}, whose state grows from block to block, got {scan}.")
             self.scan = scan
 
-    def __call__(self, x: Any, *, rngs: nnx.Rngs | None = None, **arguments: Any) -> Any:
-        """Applies all blocks. Each has a `dropout` stream of its own, the same in every way of running them."""
+    def __call__(self, x: Array, h: Any = None, *, rngs: nnx.Rngs | None = None, **arguments: Any) -> tuple[Array, Any]:
+        """Applies all blocks, and returns the last one's output and the state of the aggregation, if there is one.
+
+        `h` is that state after the stage before. Each block has a `dropout` stream of its own, the same in every way
+        of running them.
+        """
         n = len(self.blocks)
         keys = [None] * n if rngs is None else list(jax.random.split(rngs.dropout(), n))
         looped = self._looped() if self.scan else []
+        carry = x, None if self.aggregation is None else self.aggregation.start(x, h)
         for i in range(n - sum(map(len, looped))):
-            x = self._each(self.blocks[i], x, self.drop_path[i], keys[i], arguments)
-        return self._loop(looped, x, keys, arguments) if looped else x
+            carry = self._each(i, carry, keys[i], arguments)
+        return self._loop(looped, carry, keys, arguments) if looped else carry
 
-    def _each(self, block: nnx.Module, x: Any, drop_path: float, key: Any, arguments: Mapping[str, Any]) -> Any:
-        """One block, in place."""
+    def readout(self, x: Float[Array, "b c"], h: Any) -> Float[Array, "b d"]:
+        """See `Aggregation.readout`."""
+        return x if self.aggregation is None else self.aggregation.readout(x, h)
+
+    @property
+    def head_channels(self) -> int:
+        """See `Aggregation`."""
+        return 0 if self.aggregation is None else self.aggregation.head_channels
+
+    def _layer(self, i: int) -> Any:
+        """A block, with what the aggregation has for it alone."""
+        return (self.blocks[i], None if self.aggregation is None else self.aggregation.cells[i])
+
+    def _run(self, layer: Any, carry: Any, drop_path: Any, key: Any, arguments: Mapping[str, Any]) -> Any:
+        """A layer, in place."""
+        (block, cell), (x, h), rngs = layer, carry, None if key is None else nnx.Rngs(dropout=key)
+        if self.aggregation is None:
+            return block(x, drop_path, rngs=rngs, **arguments), h
+        return self.aggregation(block, cell, x, h, drop_path, rngs=rngs, **arguments)
+
+    def _apply(
+        self, graphdef: nnx.GraphDef, values: Any, carry: Any, key: Any, *, drop_path: Any, arguments: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        """A layer as a function of its values: its output, and those that it changed, such as batch statistics."""
+        layer = nnx.merge(graphdef, values, copy=True)
+        before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(layer))}
+        carry = self._run(layer, carry, drop_path, key, arguments)
+        after = nnx.to_flat_state(nnx.state(layer))
+        changed = [(path, variable) for path, variable in after if variable.get_value() is not before[path]]
+        return carry, nnx.to_pure_dict(nnx.from_flat_state(changed))
+
+    def _each(self, i: int, carry: Any, key: Any, arguments: Mapping[str, Any]) -> Any:
+        """One layer, in place."""
+        layer, drop_path = self._layer(i), self.drop_path[i]
         if self.remat == "none":
-            return block(x, drop_path, rngs=_rngs(key), **arguments)
-        graphdef, values = _split(block)
-        f = functools.partial(_apply, graphdef, drop_path=drop_path, arguments=arguments)
-        x, changed = jax.checkpoint(f, policy=REMAT[self.remat])(values, x, key)
-        nnx.update(block, changed)
-        return x
+            return self._run(layer, carry, drop_path, key, arguments)
+        graphdef, values = _split(layer)
+        f = functools.partial(self._apply, graphdef, drop_path=drop_path, arguments=arguments)
+        carry, changed = jax.checkpoint(f, policy=REMAT[self.remat])(values, carry, key)
+        nnx.update(layer, changed)
+        return carry
 
-    def _loop(self, groups: list[list[int]], x: Any, keys: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
-        """Groups of blocks, given by their numbers, that differ only in values."""
-        graphdefs = [nnx.graphdef(self.blocks[i]) for i in groups[0]]
+    def _loop(self, groups: list[list[int]], carry: Any, keys: Sequence[Any], arguments: Mapping[str, Any]) -> Any:
+        """Groups of layers, given by their numbers, that differ only in values."""
+        graphdefs = [nnx.graphdef(self._layer(i)) for i in groups[0]]
 
-        def stacked(of_block: Callable[[int], Any]) -> Any:
-            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[[of_block(i) for i in group] for group in groups])
+        def stacked(of_layer: Callable[[int], Any]) -> Any:
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[[of_layer(i) for i in group] for group in groups])
 
-        def body(x: Any, inputs: Any) -> tuple[Any, Any]:
+        def body(carry: Any, inputs: Any) -> tuple[Any, Any]:
             changed = []
             for graphdef, values, drop_path, key in zip(graphdefs, *inputs, strict=True):
                 # A rate of 0 is no drop path, and needs no key.
-                f = functools.partial(_apply, graphdef, drop_path=drop_path if dropping else 0.0, arguments=arguments)
+                rate = drop_path if dropping else 0.0
+                f = functools.partial(self._apply, graphdef, drop_path=rate, arguments=arguments)
                 if self.remat != "none":
                     f = jax.checkpoint(f, policy=REMAT[self.remat], prevent_cse=False)  # a loop prevents it already
-                x, new = f(values, x, key)
+                carry, new = f(values, carry, key)
                 changed.append(new)
-            return x, changed
+            return carry, changed
 
         dropping = any(self.drop_path)
-        values = stacked(lambda i: _split(self.blocks[i])[1])
+        values = stacked(lambda i: _split(self._layer(i))[1])
         rates = stacked(lambda i: jnp.asarray(self.drop_path[i], jnp.float32))
-        x, changed = jax.lax.scan(body, x, (values, rates, stacked(lambda i: keys[i])))
+        carry, changed = jax.lax.scan(body, carry, (values, rates, stacked(lambda i: keys[i])))
         for number, group in enumerate(groups):
             for new, i in zip(changed, group, strict=True):
-                nnx.update(self.blocks[i], jax.tree.map(lambda leaf, number=number: leaf[number], new))
-        return x
+                nnx.update(self._layer(i), jax.tree.map(lambda leaf, number=number: leaf[number], new))
+        return carry
 
     def _looped(self) -> list[list[int]]:
-        """The numbers of the last blocks, in groups of one or two that are equal but for values, or no groups."""
+        """The numbers of the last layers, in groups of one or two that are equal but for values, or no groups."""
         kinds = [
             (graphdef, jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), values))
-            for graphdef, values in map(_split, self.blocks)
+            for graphdef, values in (_split(self._layer(i)) for i in range(len(self.blocks)))
         ]
         for lead in (0, 1):
             for size in (1, 2):
@@ -127,23 +179,7 @@ class Stack(nnx.Module):
         return []
 
 
-def _split(block: nnx.Module) -> tuple[nnx.GraphDef, Any]:
-    """What a block is, and its values."""
-    graphdef, state = nnx.split(block)
+def _split(layer: Any) -> tuple[nnx.GraphDef, Any]:
+    """What a layer is, and its values."""
+    graphdef, state = nnx.split(layer)
     return graphdef, nnx.to_pure_dict(state)
-
-
-def _rngs(key: Any) -> nnx.Rngs | None:
-    return None if key is None else nnx.Rngs(dropout=key)
-
-
-def _apply(
-    graphdef: nnx.GraphDef, values: Any, x: Any, key: Any, *, drop_path: Any, arguments: Mapping[str, Any]
-) -> tuple[Any, Any]:
-    """A block as a function of its values: its output, and those that it changed, such as batch statistics."""
-    block = nnx.merge(graphdef, values, copy=True)
-    before = {path: variable.get_value() for path, variable in nnx.to_flat_state(nnx.state(block))}
-    x = block(x, drop_path, rngs=_rngs(key), **arguments)
-    after = nnx.to_flat_state(nnx.state(block))
-    changed = [(path, variable) for path, variable in after if variable.get_value() is not before[path]]
-    return x, nnx.to_pure_dict(nnx.from_flat_state(changed))

@@ -8,12 +8,16 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ssm_jax.layers.mrla import MRLABase, MRLALight
+from ssm_jax.layers.rla import RLA
+from ssm_jax.layers.s6la import S6LAConv, S6LAToken
+from ssm_jax.models.aggregated import aggregated
 from ssm_jax.models.convnext import ConvNeXt as ConvNeXt
 from ssm_jax.models.convnext import convnext_3d_s4nd, convnext_s3d, convnext_s4nd
 from ssm_jax.models.isotropic import Isotropic as Isotropic
 from ssm_jax.models.isotropic import isotropic_conv2d, isotropic_s4nd
 from ssm_jax.models.pvt_v2 import PVTv2 as PVTv2
-from ssm_jax.models.resnet import BasicBlock, resnet_cifar, resnet_s6la
+from ssm_jax.models.resnet import BasicBlock, resnet_cifar
 from ssm_jax.models.resnet import ResNet as ResNet
 from ssm_jax.models.swin import SwinTransformer as SwinTransformer
 from ssm_jax.models.vit import VisionTransformer as VisionTransformer
@@ -53,9 +57,6 @@ _MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
     "resnet50": (ResNet, {"depths": (3, 4, 6, 3)}),
     "resnet101": (ResNet, {"depths": (3, 4, 23, 3)}),
     "resnet152": (ResNet, {"depths": (3, 8, 36, 3)}),
-    "resnet50_s6la": (resnet_s6la, {"depths": (3, 4, 6, 3)}),
-    "resnet101_s6la": (resnet_s6la, {"depths": (3, 4, 23, 3)}),
-    "resnet152_s6la": (resnet_s6la, {"depths": (3, 8, 36, 3)}),
     "resnet_cifar": (resnet_cifar, {}),
     "swin_tiny": (SwinTransformer, {"depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)}),
     "swin_small": (SwinTransformer, {"depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)}),
@@ -64,6 +65,32 @@ _MODELS: dict[str, tuple[Callable[..., nnx.Module], dict[str, Any]]] = {
     "vit_base_s4nd": (vit_s4nd, {}),
 }
 """What makes each network, and its arguments."""
+
+_S6LA: dict[str, dict[str, Any]] = {"s6la": {"method": S6LAToken}}
+_MRLA: dict[str, dict[str, Any]] = {"mrla_base": {"method": MRLABase}, "mrla_light": {"method": MRLALight}}
+_GATES: dict[str, dict[str, Any]] = {name: {"channel_attention": name} for name in ("se", "eca")}
+
+_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "resnet*": _GATES
+    | _MRLA
+    | {"cbam": {"channel_attention": "cbam"}, "rla": {"method": RLA}, "s6la": {"method": S6LAConv}},
+    "deit_*": _GATES | _MRLA | _S6LA,
+    "vit_*": _GATES | _MRLA | _S6LA,
+    "swin_*": _MRLA | _S6LA,
+    "pvt_v2_*": _MRLA | _S6LA,
+    "convnext_*": _S6LA,
+    "convnext_*[!d]": _MRLA,  # without those of videos
+    "convnext_*[!d]_s4nd": _MRLA,
+}
+"""Arguments of `aggregated` that give a network's name another end, for the networks that match a pattern."""
+
+_MODELS |= {
+    f"{name}_{end}": (aggregated, {"backbone": make, **arguments, **method})
+    for pattern, methods in _METHODS.items()
+    for name, (make, arguments) in _MODELS.items()
+    if fnmatch.fnmatch(name, pattern)
+    for end, method in methods.items()
+}
 
 
 class _Stream(nnx.RngStream):

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_linear
@@ -90,6 +91,7 @@ class ConvNeXt(nnx.Module):
         depths: Sequence[int] = (3, 3, 9, 3),
         dims: Sequence[int] = (96, 192, 384, 768),
         img_size: int | Sequence[int] = 224,
+        aggregation: Callable[..., Aggregation] | None = None,
         in_channels: int = 3,
         layer_scale: float = 1e-6,
         dropout: float = 0.0,
@@ -113,6 +115,8 @@ class ConvNeXt(nnx.Module):
             depths: number of blocks of each stage.
             dims: width of each stage.
             img_size: base resolution: one number for square images, (height, width), or (time, height, width).
+            aggregation: makes what aggregates the layers of a stage, called as `aggregation(stage, ...)`, such as
+                `S6LAToken`; None: each block sees the one before it alone.
             in_channels: channels of the images.
             layer_scale: initial value of gamma.
             dropout: rate after both maps of each MLP.
@@ -157,34 +161,40 @@ class ConvNeXt(nnx.Module):
                 Block, mixer=functools.partial(mixer, lengths=size), layer_scale=layer_scale, dropout=dropout, **dtypes
             )
             blocks = [block(d_model, rngs=rngs) for _ in range(depth)]
-            stages.append(Stack(blocks, drop_path=rates[i], remat=remat, scan=scan))
+            told = Stage(blocks, d_model, previous=dims[i - 1] if i else None, last=i == len(depths) - 1)
+            aggregates = aggregate(aggregation, told, **dtypes, rngs=rngs)
+            stages.append(Stack(blocks, drop_path=rates[i], aggregation=aggregates, remat=remat, scan=scan))
         self.downsamples = nnx.List(downsamples)
         self.stages = nnx.List(stages)
         self.norm = Norm(dims[-1], **dtypes, rngs=rngs)
         self.dropout = nnx.Dropout(head_dropout)
-        self.head = normal_linear(dims[-1], num_classes, **dtypes, rngs=rngs)
+        self.head = normal_linear(dims[-1] + stages[-1].head_channels, num_classes, **dtypes, rngs=rngs)
+
+    def _encode(self, images: Array, rate: Rate, rngs: nnx.Rngs | None) -> tuple[list[Array], Any]:
+        """The maps after the stages, and the last state of the aggregation."""
+        check_images(images, self.in_channels, axes=len(self.reduction), least=self.reduction)
+        maps, h = [], None
+        x = self.stem(images, rate=rate)
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                x = self.downsamples[i - 1](x, rate=rate)
+            x, h = stage(x, h, rate=rate, rngs=rngs)
+            maps.append(x)
+        return maps, h
 
     def features(
         self, images: Float[Array, "b *axes c"], *, rate: Rate = 1.0, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b ..."], ...]:
         """The maps after the four stages, at 1/4, 1/8, 1/16 and 1/32 of the images' size."""
-        check_images(images, self.in_channels, axes=len(self.reduction), least=self.reduction)
-        maps = []
-        x = self.stem(images, rate=rate)
-        for i, stage in enumerate(self.stages):
-            if i > 0:
-                x = self.downsamples[i - 1](x, rate=rate)
-            x = stage(x, rate=rate, rngs=rngs)
-            maps.append(x)
-        return tuple(maps)
+        return tuple(self._encode(images, rate, rngs)[0])
 
     def __call__(
         self, images: Float[Array, "b *axes c"], *, rate: Rate = 1.0, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b num_classes"]:
         """Returns logits. `rate` = base resolution / resolution of these images goes to every S4ND."""
-        x = self.features(images, rate=rate, rngs=rngs)[-1]
+        (*_, x), h = self._encode(images, rate, rngs)
         x = self.norm(x.mean(axis=tuple(range(1, x.ndim - 1))))
-        return self.head(self.dropout(x, rngs=rngs))
+        return self.head(self.dropout(self.stages[-1].readout(x, h), rngs=rngs))
 
 
 def convnext_s4nd(

@@ -8,7 +8,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_linear
@@ -158,6 +159,7 @@ class PVTv2(nnx.Module):
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
         mlp_ratios: Sequence[float | int] = (8.0, 8.0, 4.0, 4.0),
         linear: bool = False,
+        aggregation: Callable[..., Aggregation] | None = None,
         in_channels: int = 3,
         drop_path: float = 0.0,
         remat: str = "none",
@@ -178,6 +180,8 @@ class PVTv2(nnx.Module):
             mlp_ratios: hidden width of an MLP / width, for each stage.
             linear: keys and values of 7 x 7 averages instead (PVTv2-Li), whatever `sr_ratios` says: attention then
                 costs as much per position on maps of any size.
+            aggregation: makes what aggregates the layers of a stage, called as `aggregation(stage, ...)`, such as
+                `S6LAToken`; None: each block sees the one before it alone.
             in_channels: channels of the images.
             drop_path: rate of stochastic depth at the last block.
             remat: what the backward pass keeps, see `Stack`.
@@ -222,9 +226,22 @@ class PVTv2(nnx.Module):
                 rngs=rngs,
             )
             blocks = [block() for _ in range(depths[stage])]
-            self.stages.append(Stack(blocks, drop_path=rates_of_stages[stage], remat=remat, scan=scan))
+            told = Stage(blocks, d_model, previous=dims[stage - 1] if stage else None, last=stage == len(depths) - 1)
+            aggregates = aggregate(aggregation, told, **dtypes, rngs=rngs)
+            rates = rates_of_stages[stage]
+            self.stages.append(Stack(blocks, drop_path=rates, aggregation=aggregates, remat=remat, scan=scan))
             self.norms.append(Norm(d_model, **dtypes, rngs=rngs))
-        self.head = normal_linear(dims[-1], num_classes, **dtypes, rngs=rngs)
+        self.head = normal_linear(dims[-1] + self.stages[-1].head_channels, num_classes, **dtypes, rngs=rngs)
+
+    def _encode(self, images: Array, rngs: nnx.Rngs | None) -> tuple[list[Array], Any]:
+        """The maps after the stages' norms, and the last state of the aggregation."""
+        check_images(images, self.in_channels, least=self.smallest)
+        x, h, maps = images, None, []
+        for downsample, stage, norm in zip(self.downsamples, self.stages, self.norms, strict=True):
+            x, h = stage(downsample(x), h, rngs=rngs)
+            x = norm(x)
+            maps.append(x)
+        return maps, h
 
     def features(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
@@ -234,15 +251,12 @@ class PVTv2(nnx.Module):
         Patches have a fixed number of positions, so `rate` changes nothing.
         """
         del rate
-        check_images(images, self.in_channels, least=self.smallest)
-        x, maps = images, []
-        for downsample, stage, norm in zip(self.downsamples, self.stages, self.norms, strict=True):
-            x = norm(stage(downsample(x), rngs=rngs))
-            maps.append(x)
-        return tuple(maps)
+        return tuple(self._encode(images, rngs)[0])
 
     def __call__(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b num_classes"]:
         """Returns logits; `rngs` gives the `dropout` stream of stochastic depth."""
-        return self.head(self.features(images, rate=rate, rngs=rngs)[-1].mean(axis=(1, 2)))
+        del rate
+        maps, h = self._encode(images, rngs)
+        return self.head(self.stages[-1].readout(maps[-1].mean(axis=(1, 2)), h))

@@ -15,12 +15,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
 from ssm_jax.layers.conv import conv
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear
 from ssm_jax.layers.norm import BatchNorm
-from ssm_jax.layers.s6la import S6LAConv
 from ssm_jax.layers.stack import Stack
 
 stem_7x7 = functools.partial(conv, kernel_size=7, stride=2)
@@ -79,7 +79,9 @@ class AveragePool(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """A block: ReLU(shortcut(x) + branch(x)). Its kinds, below, have the branch."""
+    """A block: ReLU(shortcut(x) + branch(x)). Its kinds, below, have the branch, which begins with `conv1`."""
+
+    conv1: nnx.Conv
 
     def __init__(
         self,
@@ -87,9 +89,8 @@ class Residual(nnx.Module):
         out_channels: int,
         *,
         stride: int = 1,
-        attention: Callable[..., nnx.Module] | None = None,
+        channel_attention: Callable[..., nnx.Module] | None = None,
         shortcut: Callable[..., nnx.Module] = projection,
-        aggregation: Any = None,
         rngs: nnx.Rngs,
         **dtypes: Any,
     ):
@@ -99,45 +100,43 @@ class Residual(nnx.Module):
             in_channels: channels of the input.
             out_channels: channels of the output.
             stride: of the block.
-            attention: makes a module at the end of the branch, called as `attention(out_channels, ...)`, such as
-                `SqueezeExcite`.
+            channel_attention: makes a module at the end of the branch, called as `channel_attention(out_channels,
+                ...)`, such as `SqueezeExcite`.
             shortcut: makes the shortcut of a block that changes the shape, called as `shortcut(in_channels,
                 out_channels, stride=..., ...)`: `projection` or `pooled_projection`.
-            aggregation: what the stage's blocks share for the aggregation of layers, such as an `S6LAConv`; the block
-                makes its cell, and is called with it.
             rngs: source of the `params` stream.
             dtypes: `dtype` of convolutions and activations, `param_dtype` of the parameters.
         """
         self.out_channels = out_channels
-        self.se = None if attention is None else attention(out_channels, **dtypes, rngs=rngs)
-        self.cell = None if aggregation is None else aggregation.cell(**dtypes, rngs=rngs)
+        self.se = None if channel_attention is None else channel_attention(out_channels, **dtypes, rngs=rngs)
         same = stride == 1 and in_channels == out_channels
         self.downsample = None if same else shortcut(in_channels, out_channels, stride=stride, **dtypes, rngs=rngs)
         self.drop_path = DropPath()
 
-    def branch(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """What is added to the shortcut."""
+    def branch(self, x: Float[Array, "b h w c"], first: Callable[[Array], Array]) -> Float[Array, "b h2 w2 d"]:
+        """What is added to the shortcut, with `first` as the first convolution."""
         raise NotImplementedError
 
-    def __call__(
+    def residual(
         self,
-        x: Any,
+        x: Float[Array, "b h w c"],
         drop_path: float | Float[Array, ""] = 0.0,
         *,
-        aggregation: Any = None,
+        first: Callable[[Array], Array] | None = None,
         rngs: nnx.Rngs | None = None,
-    ) -> Any:
-        """Applies the block to a map (b, h, w, c); `drop_path` is the rate at which the branch is dropped.
-
-        With an `aggregation`, that of the constructor, `x` is a pair of map and state, and so is the output.
-        """
-        x, h = (x, None) if aggregation is None else x
-        y = self.branch(x if aggregation is None else aggregation.read(x, h))
+    ) -> tuple[Float[Array, "b h2 w2 d"], Float[Array, "b h2 w2 d"]]:
+        """The block's output and its branch's; `first` computes the branch's first convolution from x."""
+        y = self.branch(x, first or self.conv1)
         if self.se is not None:
             y = self.se(y)
         identity = x if self.downsample is None else self.downsample(x)
-        y = nnx.relu(identity + self.drop_path(y, drop_path, rngs=rngs))
-        return y if aggregation is None else (y, aggregation.write(self.cell, y, h))
+        return nnx.relu(identity + self.drop_path(y, drop_path, rngs=rngs)), y
+
+    def __call__(
+        self, x: Float[Array, "b h w c"], drop_path: float | Float[Array, ""] = 0.0, *, rngs: nnx.Rngs | None = None
+    ) -> Float[Array, "b h2 w2 d"]:
+        """Applies the block; `drop_path` is the rate at which the branch is dropped."""
+        return self.residual(x, drop_path, rngs=rngs)[0]
 
 
 def _dtypes(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,22 +152,20 @@ class BasicBlock(Residual):
         width: int,
         *,
         stride: int = 1,
-        aggregation: Any = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         """Builds the block; the output has `width` channels, all else is as in `Residual`."""
-        super().__init__(in_channels, width, stride=stride, aggregation=aggregation, **options, rngs=rngs)
+        super().__init__(in_channels, width, stride=stride, **options, rngs=rngs)
         dtypes = _dtypes(options)
-        in_channels += 0 if aggregation is None else aggregation.state_dim
         self.conv1 = conv(in_channels, width, 3, stride=stride, **dtypes, rngs=rngs)
         self.bn1 = BatchNorm(width, **dtypes, rngs=rngs)
         self.conv2 = conv(width, width, 3, **dtypes, rngs=rngs)
         self.bn2 = BatchNorm(width, scale_init=nnx.initializers.zeros, **dtypes, rngs=rngs)
 
-    def branch(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """What is added to the shortcut."""
-        x = nnx.relu(self.bn1(self.conv1(x)))
+    def branch(self, x: Float[Array, "b h w c"], first: Callable[[Array], Array]) -> Float[Array, "b h2 w2 d"]:
+        """What is added to the shortcut, with `first` as the first convolution."""
+        x = nnx.relu(self.bn1(first(x)))
         return self.bn2(self.conv2(x))
 
 
@@ -183,7 +180,6 @@ class Bottleneck(Residual):
         stride: int = 1,
         groups: int = 1,
         base_width: int = 64,
-        aggregation: Any = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -195,7 +191,6 @@ class Bottleneck(Residual):
             stride: of the block, taken by the 3 x 3 convolution.
             groups: of that convolution, more than one in a ResNeXt (arXiv:1611.05431, where it is the cardinality).
             base_width: channels of a group where `width` is 64.
-            aggregation: see `Residual`.
             rngs: source of the `params` stream.
             options: the others of `Residual`.
 
@@ -207,9 +202,8 @@ class Bottleneck(Residual):
             raise ValueError(f"groups must be at least 1, got {groups}.")
         if inner < 1:
             raise ValueError(f"base_width must be at least {-(-64 // width)} for width={width}, got {base_width}.")
-        super().__init__(in_channels, out_channels, stride=stride, aggregation=aggregation, **options, rngs=rngs)
+        super().__init__(in_channels, out_channels, stride=stride, **options, rngs=rngs)
         dtypes = _dtypes(options)
-        in_channels += 0 if aggregation is None else aggregation.state_dim
         self.conv1 = conv(in_channels, inner, 1, **dtypes, rngs=rngs)
         self.bn1 = BatchNorm(inner, **dtypes, rngs=rngs)
         self.conv2 = conv(inner, inner, 3, stride=stride, groups=groups, **dtypes, rngs=rngs)
@@ -217,9 +211,9 @@ class Bottleneck(Residual):
         self.conv3 = conv(inner, out_channels, 1, **dtypes, rngs=rngs)
         self.bn3 = BatchNorm(out_channels, scale_init=nnx.initializers.zeros, **dtypes, rngs=rngs)
 
-    def branch(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
-        """What is added to the shortcut."""
-        x = nnx.relu(self.bn1(self.conv1(x)))
+    def branch(self, x: Float[Array, "b h w c"], first: Callable[[Array], Array]) -> Float[Array, "b h2 w2 d"]:
+        """What is added to the shortcut, with `first` as the first convolution."""
+        x = nnx.relu(self.bn1(first(x)))
         x = nnx.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
 
@@ -237,7 +231,8 @@ class ResNet(nnx.Module):
         stem: Callable[..., nnx.Module] = stem_7x7,
         stem_width: int = 64,
         max_pool: bool = True,
-        aggregation: Callable[..., nnx.Module] | None = None,
+        channel_attention: Callable[..., nnx.Module] | None = None,
+        aggregation: Callable[..., Aggregation] | None = None,
         in_channels: int = 3,
         drop_path: float = 0.0,
         remat: str = "none",
@@ -256,8 +251,9 @@ class ResNet(nnx.Module):
             stem: makes the first convolution, called as `stem(in_channels, stem_width, ...)`.
             stem_width: channels after the stem.
             max_pool: whether maxima of 3 x 3 windows at stride 2 come after the stem.
-            aggregation: makes what a stage's blocks share to aggregate layers, called as `aggregation(channels, ...)`
-                with the channels of their outputs, such as `S6LAConv`; None: each block sees the one before it alone.
+            channel_attention: see `Residual`.
+            aggregation: makes what aggregates the layers of a stage, called as `aggregation(stage, ...)`, such as
+                `S6LAConv`; None: each block sees the one before it alone.
             in_channels: channels of the images.
             drop_path: rate of stochastic depth at the last block; it grows from 0 at the first.
             remat: what the backward pass keeps of a block, see `Stack`.
@@ -284,54 +280,51 @@ class ResNet(nnx.Module):
         self.conv1 = stem(in_channels, stem_width, **dtypes, rngs=rngs)
         self.bn1 = BatchNorm(stem_width, **dtypes, rngs=rngs)
         self.stages = nnx.List()
-        self.aggregations = nnx.List()
-        channels = stem_width
+        if channel_attention is not None:
+            block = functools.partial(block, channel_attention=channel_attention)
+        channels, previous = stem_width, None
         for stage, (depth, width) in enumerate(zip(depths, dims, strict=True)):
-            blocks, options = [], dict(dtypes)
-            if aggregation is not None:
-                described: Any = nnx.eval_shape(lambda width=width: block(1, width, **dtypes, rngs=nnx.Rngs(0)))
-                self.aggregations.append(aggregation(described.out_channels, **dtypes, rngs=rngs))
-                options["aggregation"] = self.aggregations[-1]
+            blocks = []
             for i in range(depth):
                 stride = 2 if stage > 0 and i == 0 else 1
-                blocks.append(block(channels, width, stride=stride, **options, rngs=rngs))
+                blocks.append(block(channels, width, stride=stride, **dtypes, rngs=rngs))
                 channels = blocks[-1].out_channels
-            self.stages.append(Stack(blocks, drop_path=rates[stage], remat=remat, scan=scan))
-        self.head = linear(channels, num_classes, **dtypes, rngs=rngs)
+            told = Stage(blocks, channels, previous=previous, last=stage == len(depths) - 1)
+            aggregates = aggregate(aggregation, told, **dtypes, rngs=rngs)
+            self.stages.append(Stack(blocks, drop_path=rates[stage], aggregation=aggregates, remat=remat, scan=scan))
+            previous = channels
+        self.head = linear(channels + self.stages[-1].head_channels, num_classes, **dtypes, rngs=rngs)
 
     def stem(self, images: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 stem_width"]:
         """The map before max pooling."""
         check_images(images, self.in_channels)
         return nnx.relu(self.bn1(self.conv1(images)))
 
+    def _encode(self, images: Array, rngs: nnx.Rngs | None) -> tuple[list[Array], Any]:
+        """The maps after the stages, and the last state of the aggregation."""
+        x = self.stem(images)
+        if self.max_pool:
+            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore
+        maps, h = [], None
+        for stage in self.stages:
+            x, h = stage(x, h, rngs=rngs)
+            maps.append(x)
+        return maps, h
+
     def features(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b _ _ _"], ...]:
         """Returns the map after each stage. Convolutions have a fixed number of taps: `rate` changes nothing."""
         del rate
-        x = self.stem(images)
-        if self.max_pool:
-            x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore
-        maps, h = [], None
-        for i, stage in enumerate(self.stages):
-            if self.aggregations:
-                shared = self.aggregations[i]
-                x, h = stage((x, shared.start(x, h)), aggregation=shared, rngs=rngs)
-            else:
-                x = stage(x, rngs=rngs)
-            maps.append(x)
-        return tuple(maps)
+        return tuple(self._encode(images, rngs)[0])
 
     def __call__(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b num_classes"]:
         """Returns logits."""
-        return self.head(self.features(images, rate=rate, rngs=rngs)[-1].mean((1, 2)))
-
-
-def resnet_s6la(num_classes: int, *, aggregation: Mapping[str, Any] | None = None, **network: Any) -> ResNet:
-    """A ResNet whose layers a selective state space aggregates; `aggregation` holds arguments of `S6LAConv`."""
-    return ResNet(num_classes, aggregation=functools.partial(S6LAConv, **(aggregation or {})), **network)
+        del rate
+        maps, h = self._encode(images, rngs)
+        return self.head(self.stages[-1].readout(maps[-1].mean((1, 2)), h))
 
 
 def resnet_cifar(num_classes: int, *, depth: int = 56, **network: Any) -> ResNet:

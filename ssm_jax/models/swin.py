@@ -7,7 +7,7 @@
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_init, normal_linear, uniform_init
@@ -212,6 +213,7 @@ class SwinTransformer(nnx.Module):
         patch_size: int = 4,
         window_size: int = 7,
         mlp_ratio: float | int = 4.0,
+        aggregation: Callable[..., Aggregation] | None = None,
         in_channels: int = 3,
         drop_path: float = 0.0,
         remat: str = "none",
@@ -233,6 +235,8 @@ class SwinTransformer(nnx.Module):
             patch_size: height and width of a patch.
             window_size: height and width of a window.
             mlp_ratio: hidden width of an MLP / width.
+            aggregation: makes what aggregates the layers of a stage, called as `aggregation(stage, ...)`, such as
+                `S6LAToken`; None: each block sees the one before it alone.
             in_channels: channels of the images.
             drop_path: rate of stochastic depth at the last block. The paper has .2 (T), .3 (S) and .5 (B).
             remat: what the backward pass keeps, see `Stack`.
@@ -286,9 +290,22 @@ class SwinTransformer(nnx.Module):
                 rngs=rngs,
             )
             blocks = [block(shift=shift if number % 2 else (0, 0)) for number in range(depths[stage])]
-            self.stages.append(Stack(blocks, drop_path=rates, remat=remat, scan=scan))
+            previous = widths[stage - 1] if stage else None
+            told = Stage(blocks, widths[stage], previous=previous, last=stage == len(depths) - 1)
+            aggregates = aggregate(aggregation, told, **dtypes, rngs=rngs)
+            self.stages.append(Stack(blocks, drop_path=rates, aggregation=aggregates, remat=remat, scan=scan))
         self.norm = LayerNorm(widths[-1], **dtypes, rngs=rngs)
-        self.head = normal_linear(widths[-1], num_classes, **dtypes, rngs=rngs)
+        self.head = normal_linear(widths[-1] + self.stages[-1].head_channels, num_classes, **dtypes, rngs=rngs)
+
+    def _encode(self, images: Array, rngs: nnx.Rngs | None) -> tuple[list[Array], Any]:
+        """The maps after the stages, and the last state of the aggregation."""
+        check_images(images, self.in_channels, multiple=self.patch_size)
+        x, h = self.stages[0](self.patch_embed(images), rngs=rngs)
+        maps = [x]
+        for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
+            x, h = stage(downsample(x), h, rngs=rngs)
+            maps.append(x)
+        return maps, h
 
     def features(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
@@ -298,18 +315,15 @@ class SwinTransformer(nnx.Module):
         Windows have a fixed number of positions, so `rate` changes nothing.
         """
         del rate
-        check_images(images, self.in_channels, multiple=self.patch_size)
-        maps = [self.stages[0](self.patch_embed(images), rngs=rngs)]
-        for downsample, stage in zip(self.downsamples, self.stages[1:], strict=True):
-            maps.append(stage(downsample(maps[-1]), rngs=rngs))
-        return tuple(maps)
+        return tuple(self._encode(images, rngs)[0])
 
     def __call__(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> Float[Array, "b num_classes"]:
         """Returns logits; `rngs` gives the `dropout` stream of stochastic depth."""
-        x = self.features(images, rate=rate, rngs=rngs)[-1]
-        return self.head(self.norm(x).mean(axis=(1, 2)))
+        del rate
+        maps, h = self._encode(images, rngs)
+        return self.head(self.stages[-1].readout(self.norm(maps[-1]).mean(axis=(1, 2)), h))
 
 
 def _pair(argument: str, value: int | Size) -> Size:

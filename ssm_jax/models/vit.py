@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
 from ssm_jax.layers.attention import Attention
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
@@ -35,14 +36,16 @@ class Block(nnx.Module):
         mixer: Callable[..., nnx.Module],
         mlp_ratio: float,
         norm: Callable[..., nnx.Module],
+        channel_attention: Callable[..., nnx.Module] | None = None,
         rngs: nnx.Rngs,
         **dtypes: Any,
     ):
-        """Builds the block; `mixer(d_model, rngs=..., **dtypes)` makes its mixer."""
+        """Builds the block; `mixer(d_model, rngs=..., **dtypes)` makes its mixer, `channel_attention` what ends it."""
         self.norm1 = norm(d_model, **dtypes, rngs=rngs)
         self.mixer = mixer(d_model, **dtypes, rngs=rngs)
         self.norm2 = norm(d_model, **dtypes, rngs=rngs)
         self.mlp = MLP(d_model, int(mlp_ratio * d_model), **dtypes, rngs=rngs)
+        self.se = None if channel_attention is None else channel_attention(d_model, **dtypes, rngs=rngs)
         self.drop_path = DropPath()
 
     def __call__(
@@ -50,7 +53,10 @@ class Block(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """Applies it, with each branch dropped at the rate `drop_path`."""
         x = x + self.drop_path(self.mixer(self.norm1(x), rate=rate, rngs=rngs), drop_path, rngs=rngs)
-        return x + self.drop_path(self.mlp(self.norm2(x), rngs=rngs), drop_path, rngs=rngs)
+        y = self.mlp(self.norm2(x), rngs=rngs)
+        if self.se is not None:
+            y = self.se(y)
+        return x + self.drop_path(y, drop_path, rngs=rngs)
 
 
 class VisionTransformer(nnx.Module):
@@ -70,6 +76,8 @@ class VisionTransformer(nnx.Module):
         distilled: bool = False,
         positions: bool = True,
         norm: Callable[..., nnx.Module] = LayerNorm,
+        channel_attention: Callable[..., nnx.Module] | None = None,
+        aggregation: Callable[..., Aggregation] | None = None,
         in_channels: int = 3,
         drop_path: float = 0.0,
         remat: str = "none",
@@ -92,6 +100,10 @@ class VisionTransformer(nnx.Module):
             distilled: also a distillation token, the second, with a classifier for what a teacher says (DeiT).
             positions: add learned embeddings of positions.
             norm: makes the normalisations, called as the mixer.
+            channel_attention: makes a module at the end of each MLP's branch, called as the mixer, such as
+                `SqueezeExcite`.
+            aggregation: makes what aggregates the layers, called as `aggregation(stage, ...)`, such as `S6LAToken`;
+                None: each block sees the one before it alone.
             in_channels: channels of the images.
             drop_path: rate of stochastic depth at the last block, see `drop_path_rates`.
             remat: see `Stack`.
@@ -134,14 +146,27 @@ class VisionTransformer(nnx.Module):
         self.dist_token = parameter(1) if distilled else None
         n_tokens = class_token + distilled + side**2
         self.pos_embed = parameter(n_tokens) if positions else None
-        block = functools.partial(Block, d_model, mixer=mixer, mlp_ratio=mlp_ratio, norm=norm, **dtypes, rngs=rngs)
-        self.blocks = Stack((block() for _ in range(depth)), drop_path=rates, remat=remat, scan=scan)
+        block = functools.partial(
+            Block,
+            d_model,
+            mixer=mixer,
+            mlp_ratio=mlp_ratio,
+            norm=norm,
+            channel_attention=channel_attention,
+            **dtypes,
+            rngs=rngs,
+        )
+        blocks = [block() for _ in range(depth)]
+        told = Stage(blocks, d_model, prefix=class_token + distilled)
+        aggregates = aggregate(aggregation, told, **dtypes, rngs=rngs)
+        self.blocks = Stack(blocks, drop_path=rates, aggregation=aggregates, remat=remat, scan=scan)
         self.norm = norm(d_model, **dtypes, rngs=rngs)
-        self.head = normal_linear(d_model, num_classes, **dtypes, rngs=rngs)
-        self.head_dist = normal_linear(d_model, num_classes, **dtypes, rngs=rngs) if distilled else None
+        width = d_model + self.blocks.head_channels
+        self.head = normal_linear(width, num_classes, **dtypes, rngs=rngs)
+        self.head_dist = normal_linear(width, num_classes, **dtypes, rngs=rngs) if distilled else None
 
-    def _encode(self, images: Array, rate: float, rngs: nnx.Rngs | None) -> tuple[Array, tuple[int, int]]:
-        """The last block's tokens, and the numbers of patches along (height, width)."""
+    def _encode(self, images: Array, rate: float, rngs: nnx.Rngs | None) -> tuple[Array, Any, tuple[int, int]]:
+        """The last block's tokens, the last state of the aggregation, and the numbers of patches (height, width)."""
         check_images(images, self.patch_embed.in_features, multiple=self.patch_size)
         x = self.patch_embed(images)
         b, h, w, d = x.shape
@@ -150,25 +175,26 @@ class VisionTransformer(nnx.Module):
         x = jnp.concatenate([*tokens, x.reshape(b, h * w, d)], axis=1)
         if self.pos_embed is not None:
             x = x + resample_positions(self.pos_embed[...], self.grid, (h, w)).astype(x.dtype)
-        return self.blocks(x, rate=rate**2, rngs=rngs), (h, w)
+        size = {} if self.blocks.aggregation is None else {"size": (h, w)}
+        return *self.blocks(x, rate=rate**2, **size, rngs=rngs), (h, w)
 
     def features(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b h2 w2 d"]]:
         """Returns the last block's map at 1 / `patch_size`, not normalised, without the tokens that are no patches."""
-        x, (h, w) = self._encode(images, rate, rngs)
+        x, _, (h, w) = self._encode(images, rate, rngs)
         return (x[:, -h * w :].reshape(-1, h, w, x.shape[-1]),)
 
     def heads(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None
     ) -> tuple[Float[Array, "b num_classes"], ...]:
         """Returns the logits of the classifier, and in a distilled network those of the distillation token's too."""
-        x, _ = self._encode(images, rate, rngs)
+        x, h, _ = self._encode(images, rate, rngs)
         if self.cls_token is None:
-            return (self.head(self.norm(x).mean(axis=1)),)
+            return (self.head(self.blocks.readout(self.norm(x).mean(axis=1), h)),)
         heads = (self.head,) if self.head_dist is None else (self.head, self.head_dist)
         x = self.norm(x[:, : len(heads)])
-        return tuple(head(x[:, i]) for i, head in enumerate(heads))
+        return tuple(head(self.blocks.readout(x[:, i], h)) for i, head in enumerate(heads))
 
     def __call__(
         self, images: Float[Array, "b h w c"], *, rate: float = 1.0, rngs: nnx.Rngs | None = None

@@ -21,8 +21,6 @@ from ssm_jax.pretrained.names import Path, dialects
 _BUFFERS = r"\.(num_batches_tracked|relative_position_index|attn_mask)$"
 """What PyTorch keeps and we compute."""
 
-_HEADS = ("head", "head_dist")
-
 _SHOWN = 5  # names of each kind in an error
 
 
@@ -32,6 +30,7 @@ def load_torch(
     *,
     key: str | None = None,
     reset_head: bool = False,
+    reset_aggregation: bool = False,
 ) -> None:
     """Gives a network the weights of a PyTorch one, in place.
 
@@ -51,6 +50,7 @@ def load_torch(
             such a file holds: a state dict, names to arrays, also one under `model`, `state_dict` or `module`.
         key: where in `source` the state dict is instead, such as `model_ema`.
         reset_head: leave classifiers, `head` and `head_dist`, as they are, for another number of classes.
+        reset_aggregation: leave what aggregates layers, such as S6LA, as it is, for the weights of the plain network.
 
     Raises:
         ValueError: if names or shapes do not fit the network, listing what is missing, unexpected or misshaped by the
@@ -61,12 +61,14 @@ def load_torch(
     variables = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     buffers = release_buffers(modules)
     dialect, names = _spoken(dialects(model, [*variables, *buffers]), state)
-    heads = {path for path in variables if path[0] in _HEADS} if reset_head else set()
-    if any(isinstance(variables[path].get_value(), jax.ShapeDtypeStruct) for path in heads):
-        raise ValueError("reset_head must be False for an abstract network: its classifiers have no values to keep.")
+    own = {"reset_head": (reset_head, _is_head), "reset_aggregation": (reset_aggregation, _is_aggregation)}
+    kept = {path for path in variables if any(reset and of(path) for reset, of in own.values())}
+    if any(isinstance(variables[path].get_value(), jax.ShapeDtypeStruct) for path in kept):
+        given = " and ".join(name for name, (reset, _) in own.items() if reset)
+        raise ValueError(f"{given} must be False for an abstract network: it has no values of its own to keep.")
 
     values, misshaped, missing = {}, [], []
-    for path in variables.keys() - heads:
+    for path in variables.keys() - kept:
         name, shape = names[path], variables[path].shape
         form = layout(modules, path, shape, name)
         expected = form.torch_shape(shape)
@@ -87,9 +89,10 @@ def load_torch(
     unknown = set(state) - set(names.values())
     unexpected = [f"{name} is unexpected" for name in unknown if not re.search(_BUFFERS, name)]
     if problems := _listed(misshaped) + _listed(missing) + _listed(unexpected):
-        unfilled = variables.keys() - heads - values.keys()
-        if unfilled and all(path[0] in _HEADS for path in unfilled):
-            problems.append("reset_head=True keeps the network's own classifier")
+        unfilled = variables.keys() - kept - values.keys()
+        if unfilled and all(_is_head(path) or _is_aggregation(path) for path in unfilled):
+            fitting = [name for name, (_, of) in own.items() if any(of(path) for path in unfilled)]
+            problems.append(f"{' and '.join(f'{name}=True' for name in fitting)} keeps the network's own values")
         title = f"weights do not fit {type(model).__name__}, by the names of {dialect}:"
         raise ValueError("\n  ".join([title, *problems]))
 
@@ -97,6 +100,14 @@ def load_torch(
         values[*path, "C"] = _restored(kernel, values, path, length)
     new = {path: variables[path].replace(_placed(value, variables[path])) for path, value in values.items()}
     nnx.update(model, nnx.from_flat_state(new))
+
+
+def _is_head(path: Path) -> bool:
+    return path[0] in ("head", "head_dist")
+
+
+def _is_aggregation(path: Path) -> bool:
+    return "aggregation" in path
 
 
 def _spoken(known: dict[str, dict[Path, str]], state: Collection[str]) -> tuple[str, dict[Path, str]]:

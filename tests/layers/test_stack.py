@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ssm_jax.layers.aggregation import Aggregation
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.norm import BatchNorm
 from ssm_jax.layers.stack import REMAT, Stack
@@ -41,7 +42,7 @@ def run(model, *, training=True):
 
     def loss(params, x):
         model = nnx.merge(graphdef, params, rest, copy=True)
-        y = model(x, factor=2.0, rngs=nnx.Rngs(dropout=3) if training else None)
+        y, _ = model(x, factor=2.0, rngs=nnx.Rngs(dropout=3) if training else None)
         return jnp.sum(y**2), (y, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat)))
 
     (_, (y, statistics)), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, X)
@@ -85,7 +86,7 @@ def test_statistics_of_every_block_move():
 )
 def test_equal_blocks_are_compiled_once(kinds, loops, bodies):
     model = nnx.view(stack(kinds, scan=True), deterministic=True, use_running_average=True)
-    program = str(jax.make_jaxpr(lambda x: model(x))(X))
+    program = str(jax.make_jaxpr(lambda x: model(x)[0])(X))
     assert program.count(" scan[") == loops
     assert program.count(" dot_general[") == bodies
 
@@ -105,7 +106,7 @@ def test_rematerialisation_keeps_less():
         graphdef, params, rest = nnx.split(model, nnx.Param, ...)
 
         def residuals(params, x):
-            f = lambda params: nnx.merge(graphdef, params, rest, copy=True)(x, rngs=nnx.Rngs(dropout=0)).sum()  # noqa: E731
+            f = lambda params: nnx.merge(graphdef, params, rest, copy=True)(x, rngs=nnx.Rngs(dropout=0))[0].sum()  # noqa: E731
             return jax.vjp(f, params)[1]
 
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(residuals, params, X)) if leaf.ndim == X.ndim)
@@ -132,27 +133,36 @@ def test_blocks_may_compute_with_complex_numbers(remat):
 
     model = Stack([Complex(rngs=nnx.Rngs(0)) for _ in range(2)], drop_path=(0.0,) * 2, remat=remat)
     graphdef, params = nnx.split(model)
-    grads = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params, copy=True)(X) ** 2)))(params)
+    grads = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graphdef, params, copy=True)(X)[0] ** 2)))(params)
     assert all(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
-def test_x_may_be_a_tree():
-    class Both(nnx.Module):
-        def __init__(self, *, rngs):
-            self.linear = nnx.Linear(6, 6, rngs=rngs)
+@pytest.mark.parametrize("how", [{"scan": True}, {"remat": "nothing_saveable", "scan": True}, {}], ids=str)
+def test_an_aggregation_sees_every_block(how):
+    class Sum(Aggregation):
+        """The state is the sum of all outputs, each multiplied by the block's number; the blocks read it."""
 
-        def __call__(self, x, drop_path, *, rngs=None):
-            x, state = x
-            return self.linear(x) + state, state + 1
+        def __init__(self, n):
+            self.cells = nnx.List(nnx.Param(jnp.asarray(float(i))) for i in range(n))
+            self.head_channels = 2
 
-    rngs = nnx.Rngs(0)
-    blocks = [Both(rngs=rngs) for _ in range(3)]
-    results = [
-        jax.jit(lambda x, scan=scan: Stack(blocks, drop_path=(0.0,) * 3, scan=scan)(x))((X, jnp.zeros_like(X)))
-        for scan in (False, True)
-    ]
-    assert_same(*results)
-    np.testing.assert_array_equal(results[0][1], np.full(X.shape, 3))
+        def start(self, x, h):
+            return jnp.zeros_like(x) if h is None else h
+
+        def __call__(self, block, cell, x, h, drop_path, *, rngs=None, factor):
+            x = block(x + h, drop_path, factor=factor, rngs=rngs)
+            return x, h + cell[...] * x
+
+    model = nnx.view(stack((0,) * 3, **how), deterministic=True, use_running_average=True)
+    model = Stack(model.blocks, drop_path=(0.0,) * 3, aggregation=Sum(3), **how)
+    y, h = model(X, jnp.ones_like(X), factor=2.0)
+    expected, state = X, jnp.ones_like(X)
+    for i, block in enumerate(model.blocks):
+        expected = block(expected + state, 0.0, factor=2.0)
+        state = state + i * expected
+    assert_same((y, h), (expected, state))
+    assert model.head_channels == 2
+    assert Stack(model.blocks, drop_path=(0.0,) * 3).head_channels == 0
 
 
 def test_unknown_rematerialisation_is_rejected():

@@ -53,6 +53,16 @@ PAPER = {
 """Those of S4ND's networks, by its release."""
 
 
+ENDS = ("se", "eca", "cbam", "rla", "mrla_base", "mrla_light", "s6la")
+"""How the names of networks whose layers are aggregated end."""
+
+BACKBONES = [name for name in ssm_jax.list_models() if not name.endswith(tuple(f"_{end}" for end in ENDS))]
+SMALLEST = ("resnet18", "deit_tiny", "swin_tiny", "pvt_v2_b0", "convnext_tiny_s4nd", "convnext_tiny_3d_s4nd")
+AGGREGATED = [
+    name for first in SMALLEST for end in ENDS if (name := f"{first}_{end}") in ssm_jax.list_models(f"{first}_*")
+]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "expected"), (TIMM | PAPER).items())
 def test_networks_have_the_originals_numbers_of_parameters(name, expected):
@@ -60,7 +70,7 @@ def test_networks_have_the_originals_numbers_of_parameters(name, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ssm_jax.list_models())
+@pytest.mark.parametrize("name", BACKBONES + AGGREGATED)
 def test_every_listed_name_builds_a_network_with_logits_and_stage_maps(name):
     model = abstract(name)
     video = "3d" in name
@@ -76,7 +86,7 @@ def test_every_listed_name_builds_a_network_with_logits_and_stage_maps(name):
     assert all(x.ndim == len(shape) for x in maps)
 
 
-@pytest.mark.parametrize("name", ssm_jax.list_models())
+@pytest.mark.parametrize("name", BACKBONES)
 def test_classifiers_are_called_head(name):
     assert abstract(name).head.kernel.shape[1] == 1000
 
@@ -85,7 +95,7 @@ def test_classifiers_are_called_head(name):
     ("pattern", "names"),
     [
         (
-            "*s4nd*",
+            "*s4nd",
             ["convnext_micro_s4nd", "convnext_tiny_3d_s4nd", "convnext_tiny_s4nd", "isotropic_s4nd", "vit_base_s4nd"],
         ),
         ("isotropic_*", ["isotropic_conv2d", "isotropic_s4nd"]),
@@ -101,6 +111,14 @@ def test_all_names_are_listed_in_order():
     names = ssm_jax.list_models()
     assert names == sorted(names)
     assert {"isotropic_conv2d", *TIMM, *PAPER} <= set(names)
+
+
+def test_backbones_have_the_methods_they_are_compared_with():
+    names = set(ssm_jax.list_models())
+    assert {f"resnet{depth}_{end}" for depth in (50, 101, 152, "_cifar") for end in ENDS} <= names
+    for first in ("deit_tiny", "deit_small", "swin_tiny", "pvt_v2_b1", "convnext_tiny_s4nd"):
+        assert {f"{first}_{end}" for end in ("mrla_light", "mrla_base", "s6la")} <= names
+    assert {"deit_small_se", "deit_small_eca"} <= names
 
 
 @pytest.mark.parametrize(

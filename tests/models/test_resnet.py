@@ -32,8 +32,8 @@ GOLDEN = {
         "block": partial(Bottleneck, shortcut=pooled_projection),
     },
     "resnext": {"block": partial(Bottleneck, groups=4, base_width=16)},
-    "se_resnet": {"block": partial(Bottleneck, attention=TIMM_SE)},
-    "cbam_resnet": {"block": partial(Bottleneck, attention=CBAM)},
+    "se_resnet": {"block": partial(Bottleneck, channel_attention=TIMM_SE)},
+    "cbam_resnet": {"block": partial(Bottleneck, channel_attention=CBAM)},
     "resnet_train_default": {"stem": stem_deep, "stem_width": 8},
 }
 
@@ -186,9 +186,9 @@ def with_block(block, **options):
         (partial(ResNet, depths=(3, 4, 6, 3), stem=stem_deep), 25_576_264),
         (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, groups=32, base_width=4)), 25_028_904),
         (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, base_width=128)), 68_883_240),
-        (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, attention=TIMM_SE)), 28_088_024),
-        (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, attention=ECA)), 25_557_118),
-        (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, attention=CBAM)), 28_073_576),
+        (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, channel_attention=TIMM_SE)), 28_088_024),
+        (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, channel_attention=ECA)), 25_557_118),
+        (partial(ResNet, depths=(3, 4, 6, 3), **with_block(Bottleneck, channel_attention=CBAM)), 28_073_576),
     ],
 )
 def test_numbers_of_parameters_are_timms(build, expected):
@@ -236,11 +236,12 @@ def test_attention_is_the_last_of_the_branch(block):
             return 2 * x
 
     plain = drawn(lambda: block(8, 2, rngs=nnx.Rngs(0)))
-    double = drawn(lambda: block(8, 2, attention=Twice, rngs=nnx.Rngs(0)))
+    double = drawn(lambda: block(8, 2, channel_attention=Twice, rngs=nnx.Rngs(0)))
     assert double.se.channels == plain.out_channels == {BasicBlock: 2, Bottleneck: 8}[block]
     x = images(2, 5, 6, 8)
     branch, identity = (
-        call(plain, f, x) for f in (lambda m, x: m.branch(x), lambda m, x: m.downsample(x) if m.downsample else x)
+        call(plain, f, x)
+        for f in (lambda m, x: m.branch(x, m.conv1), lambda m, x: m.downsample(x) if m.downsample else x)
     )
     assert_close(call(plain, lambda m, x: m(x), x), np.maximum(identity + branch, 0), 1e-6)
     assert_close(call(double, lambda m, x: m(x), x), np.maximum(identity + 2 * branch, 0), 1e-6)
@@ -357,7 +358,7 @@ def test_equal_blocks_are_one_loop():
 
 
 def test_every_parameter_is_used_and_every_statistic_moves():
-    model = small(block=partial(Bottleneck, attention=partial(CBAM, reduction=2)))
+    model = small(block=partial(Bottleneck, channel_attention=partial(CBAM, reduction=2)))
     (_, (_, new)), grads = step(model, images(2, 32, 32, 3))
     for path, gradient in jax.tree.leaves_with_path(grads):
         assert np.isfinite(gradient).all(), path

@@ -29,7 +29,7 @@ ISOTROPIC = {"d_model": 4, "n_layers": 2}
 
 
 def block(attention):
-    return functools.partial(Bottleneck, attention=attention, shortcut=pooled_projection)
+    return functools.partial(Bottleneck, channel_attention=attention, shortcut=pooled_projection)
 
 
 MODELS = {
@@ -43,8 +43,10 @@ MODELS = {
     "resnet-d se": ("resnet50", RESNET | {"block": block(SqueezeExcite), "stem": stem_deep}),
     "resnet eca": ("resnet50", RESNET | {"block": block(ECA)}),
     "resnet cbam": ("resnet50", RESNET | {"block": block(CBAM)}),
+    "resnet s6la": ("resnet50_s6la", RESNET),
     "vit": ("vit_base", VIT),
     "deit": ("deit_tiny", VIT),
+    "deit s6la": ("deit_tiny_s6la", VIT),
     "deit distilled": ("deit_tiny_distilled", VIT),
     "vit s4nd": ("vit_base_s4nd", {key: VIT[key] for key in VIT if key != "num_heads"} | {"mixer": {"d_state": 4}}),
     "swin": ("swin_tiny", SWIN),
@@ -312,7 +314,7 @@ def test_another_number_of_classes_needs_another_head(saved, name):
     model, state = saved(name, num_classes=7)
     load = functools.partial(load_torch, modules.drawn(builder(name), seed=1))
     with pytest.raises(
-        ValueError, match=r"(?s)has shape \(7, .*reset_head=True keeps the network's own classifier"
+        ValueError, match=r"(?s)has shape \(7, .*reset_head=True keeps the network's own values"
     ) as error:
         load(state)
     assert "missing" not in str(error.value)
@@ -332,6 +334,22 @@ def test_weights_without_a_head_need_the_networks_own(saved):
     load_torch(modules.drawn(builder("deit")), state, reset_head=True)
     with pytest.raises(ValueError, match="reset_head must be False for an abstract network"):
         load_torch(nnx.eval_shape(builder("deit")), state, reset_head=True)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny", "resnet50"])
+def test_weights_of_the_plain_network_go_into_one_whose_layers_are_aggregated(name, tmp_path):
+    small = {"depth": 2} if name == "deit_tiny" else {"depths": (1, 1, 1, 1), "dims": (4, 4, 4, 4), "stem_width": 4}
+    plain = modules.drawn(lambda: create_model(name, num_classes=3, **small, rngs=nnx.Rngs(0)))
+    save_safetensors(plain, tmp_path / "plain.safetensors")
+    model = modules.drawn(lambda: create_model(f"{name}_s6la", num_classes=3, **small, rngs=nnx.Rngs(0)), seed=1)
+    own = values(model)
+    with pytest.raises(ValueError, match=r"(?s)aggregation\..* is missing.*\n  reset_aggregation=True keeps"):
+        load_torch(model, tmp_path / "plain.safetensors")
+    load_torch(model, tmp_path / "plain.safetensors", reset_aggregation=True)
+    plain = values(plain)
+    assert any("aggregation" in path for path in own)
+    for path, value in values(model).items():
+        np.testing.assert_array_equal(value, own[path] if "aggregation" in path else plain[path], err_msg=path)
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("deit", 1), ("deit distilled", 2)])
