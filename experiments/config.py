@@ -63,7 +63,12 @@ def check(config: Config) -> None:
             lambda x: 0 <= x < config.epochs,
             f"at least 0 and less than epochs={config.epochs}",
         ),
+        "optimizer.decay_epochs": (
+            lambda x: all(config.optimizer.warmup_epochs <= epoch < config.epochs for epoch in x),
+            f"epochs after the warm-up and before the end, epochs={config.epochs}",
+        ),
         "optimizer.clip_norm": (lambda x: x is None or x > 0, "positive"),
+        "optimizer.momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
         "label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
         "ema_decay": (lambda x: 0 <= x < 1, "in [0, 1); 0 is for no averaging"),
         "eval.every_epochs": positive,
@@ -100,8 +105,13 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
     if jax.process_index() != 0:
         return
     workdir.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def write_file(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
     written = path.with_suffix(".tmp")
-    written.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    written.write_text(text)
     written.replace(path)
 
 

@@ -17,7 +17,7 @@ from ssm_jax.data.augment import Augment
 from ssm_jax.data.datasets import Dataset, load_dataset
 from ssm_jax.data.pipeline import eval_batches, train_batches
 from ssm_jax.data.resolution import normalize, resample
-from ssm_jax.training.optimizer import make_optimizer, param_groups, warmup_cosine
+from ssm_jax.training.optimizer import learning_rate, make_optimizer, param_groups
 from ssm_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
 from ssm_jax.training.steps import Classification, TrainState, init_state, make_eval_step, make_train_step
 
@@ -148,9 +148,14 @@ def build(config: Config) -> Experiment:
     steps_per_epoch = n_train // config.batch_size
     total_steps = max(1, round(config.epochs * steps_per_epoch))
     options = config.optimizer.to_dict()
-    warmup_steps = min(round(options.pop("warmup_epochs") * steps_per_epoch), total_steps - 1)
-    optimizer = make_optimizer(param_groups(params), warmup_steps=warmup_steps, total_steps=total_steps, **options)
-    schedule = warmup_cosine(options["lr"], warmup_steps=warmup_steps, total_steps=total_steps, end=options["end_lr"])
+    rate = {
+        "warmup_steps": min(round(options.pop("warmup_epochs") * steps_per_epoch), total_steps - 1),
+        "total_steps": total_steps,
+        "milestones": [round(epoch * steps_per_epoch) for epoch in options.pop("decay_epochs")],
+    }
+    with section(config, "optimizer"):
+        optimizer = make_optimizer(param_groups(params), **rate, **options)
+        schedule = learning_rate(options["lr"], end=options["end_lr"], **rate)
     return Experiment(config, dataset, mesh, create, optimizer, schedule, total_steps)
 
 

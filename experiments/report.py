@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from experiments.config import write_file
 from experiments.experiment import Experiment
 from ssm_jax import plots
 from ssm_jax.layers import S4ND
@@ -46,8 +47,6 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
     if jax.process_index() == 0:
         step = int(state.step)
         print_table(experiment, scores, checkpoint=f"best checkpoint by val/accuracy, step {step}")
-        results = {"step": step, "test": scores, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        (workdir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         pictures = {
             "training_curves": plots.training_curves(read_metrics(workdir)),
             "accuracy_by_resolution": plots.accuracy_by_resolution(
@@ -58,6 +57,8 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
             **_kernels(experiment, state),
         }
         save_pictures(pictures, workdir / "pictures")
+        results = {"step": step, "test": scores, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        write_file(workdir / "results.json", json.dumps(results, indent=2) + "\n")  # last: the run is finished
         Console().print(f"checkpoints, metrics and pictures are in {workdir}", soft_wrap=True)
     return scores
 

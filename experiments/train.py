@@ -21,7 +21,7 @@ from ssm_jax.training.loop import fit
 from ssm_jax.training.metrics import MetricWriter, ProgressBar
 from ssm_jax.training.steps import TrainState
 
-_WORKDIR = flags.DEFINE_string(
+workdir_flag = flags.DEFINE_string(
     "workdir", None, "Directory of the run; a run that is there is gone on with.", required=True
 )
 
@@ -90,4 +90,4 @@ def _fit(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints) 
 
 
 if __name__ == "__main__":
-    run_command(lambda: train(config_flag.value, _WORKDIR.value))
+    run_command(lambda: train(config_flag.value, workdir_flag.value))

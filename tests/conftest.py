@@ -38,28 +38,24 @@ def mesh():
         yield mesh
 
 
-@pytest.fixture(scope="session")
-def cifar10_dir(tmp_path_factory) -> Path:
-    """A data folder with a CIFAR-10 of 60 training images (image i is all i, label i % 10) and 10 for testing."""
+def _prepare(folder, name, *, size, encoding, **splits):
+    """Writes a dataset as TensorFlow Datasets prepares it: image i of a split is all i, its label i % 10."""
     import tensorflow_datasets as tfds
     from PIL import Image
 
-    folder = tmp_path_factory.mktemp("tensorflow_datasets")
-    features = tfds.features.FeaturesDict(
-        {"image": tfds.features.Image(shape=(32, 32, 3)), "label": tfds.features.ClassLabel(num_classes=10)}
-    )
+    image = tfds.features.Image(shape=(size, size, 3), encoding_format=encoding)
+    features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=10)})
 
     def examples(count):
         for i in range(count):
             file = io.BytesIO()
-            Image.new("RGB", (32, 32), (i, i, i)).save(file, "png")
+            Image.new("RGB", (size, size), (i, i, i)).save(file, encoding)
             file.seek(0)
             yield i, {"image": file, "label": i % 10}
 
     with tfds.core.registered.skip_registration():
 
-        class Cifar10(tfds.core.GeneratorBasedBuilder):
-            name = "cifar10"
+        class Builder(tfds.core.GeneratorBasedBuilder):
             VERSION = tfds.core.Version("3.0.2")
             pkg_dir_path = folder
 
@@ -67,10 +63,27 @@ def cifar10_dir(tmp_path_factory) -> Path:
                 return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
             def _split_generators(self, dl_manager):
-                return {"train": examples(60), "test": examples(10)}
+                return {split: examples(count) for split, count in splits.items()}
 
             def _generate_examples(self):
                 raise NotImplementedError
 
-    Cifar10(data_dir=str(folder), file_format="array_record").download_and_prepare()
+        Builder.name = name
+
+    Builder(data_dir=str(folder), file_format="array_record").download_and_prepare()
     return folder
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(tmp_path_factory) -> Path:
+    """A data folder with a CIFAR-10 of 60 training images (image i is all i, label i % 10) and 10 for testing."""
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    return _prepare(folder, "cifar10", size=32, encoding="png", train=60, test=10)
+
+
+@pytest.fixture(scope="session")
+def jpeg_dir(tmp_path_factory) -> Path:
+    """Likewise, with JPEG files, and with a tiny_imagenet20 of 60 training and 10 validation images."""
+    folder = tmp_path_factory.mktemp("tensorflow_datasets")
+    _prepare(folder, "cifar10", size=32, encoding="jpeg", train=60, test=10)
+    return _prepare(folder, "tiny_imagenet20", size=64, encoding="jpeg", train=60, validation=10)

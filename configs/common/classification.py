@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # of matrix products: float32 or bfloat16; state spaces and FFTs stay float32
             "model": {"name": ""},  # of ssm_jax.list_models(), with arguments of its constructor
             "data": {
-                "name": "",  # digits, cifar10 or image_folder
+                "name": "",  # cifar10, digits, image_folder or tiny_imagenet20
                 "dir": "",  # of the dataset; "": ~/tensorflow_datasets, or ~/imagenet for an image folder
                 "image_size": config_dict.placeholder(int),  # base resolution of an image folder
                 "resolution": config_dict.placeholder(int),  # of training images; None: the dataset's own
@@ -21,12 +21,15 @@ def get_config() -> ConfigDict:
             "accumulate": 1,  # parts in which these go through the model
             "epochs": 1.0,
             "optimizer": {
+                "name": "adamw",  # or sgd
                 "lr": 1e-3,
                 "ssm_lr": 1e-3,  # for dt, A, B and P of state spaces
                 "weight_decay": 0.0,
                 "warmup_epochs": 0.0,
                 "end_lr": 0.0,
+                "decay_epochs": (),  # each leaves a tenth of the rate; (): half a cosine
                 "clip_norm": config_dict.placeholder(float),
+                "momentum": 0.9,  # of sgd; the rest is of adamw
                 "b1": 0.9,
                 "b2": 0.999,
                 "eps": 1e-8,

@@ -26,6 +26,8 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    title: str
+    """What the images are, for tables."""
 
     @property
     def num_classes(self) -> int:
@@ -62,19 +64,27 @@ def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
         class_names=tuple(map(str, range(10))),
         mean=(0.305,),
         std=(0.376,),
+        title="scanned digits",
     )
 
 
 def cifar10(dir: str | None = None, image_size: int | None = None) -> Dataset:
-    """CIFAR-10 as prepared by TensorFlow Datasets in array_record form; the last tenth of train is val."""
+    """CIFAR-10. Where its images are JPEG files, they are copies of the originals, and the title says so."""
     _one_size("cifar10", 32, image_size)
-    return Dataset(
-        splits=_tfds("cifar10", dir, {"train": "train[:90%]", "val": "train[90%:]", "test": "test"}),
-        resolution=32,
-        class_names=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.247, 0.243, 0.261),
+    dataset, encoding = _prepared(
+        "cifar10", dir, resolution=32, test="test", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261)
     )
+    title = "CIFAR-10, JPEG copy" if encoding == "jpeg" else "CIFAR-10"
+    return dataclasses.replace(dataset, title=title)
+
+
+def tiny_imagenet20(dir: str | None = None, image_size: int | None = None) -> Dataset:
+    """20 of the 200 classes of Tiny ImageNet, 64 x 64; its validation images are the test images."""
+    _one_size("tiny_imagenet20", 64, image_size)
+    dataset, _ = _prepared(
+        "tiny_imagenet20", dir, resolution=64, test="validation", mean=(0.487, 0.442, 0.385), std=(0.282, 0.276, 0.286)
+    )
+    return dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +146,7 @@ def image_folder(dir: str | None = None, image_size: int | None = None) -> Datas
         class_names=tuple(classes),
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
+        title=root.name,
     )
 
 
@@ -144,8 +155,34 @@ def _one_size(name: str, resolution: int, image_size: int | None) -> None:
         raise ValueError(f"image_size must be {resolution} or not be given for {name}, got {image_size}.")
 
 
-def _tfds(name: str, dir: str | None, splits: Mapping[str, str]) -> dict[str, Source]:
-    """Opens splits of a prepared dataset, after checking for the mistakes that tfds explains badly."""
+def _prepared(
+    name: str, dir: str | None, *, resolution: int, test: str, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Dataset, str]:
+    """A dataset that TensorFlow Datasets has prepared in array_record form, and how its images are encoded.
+
+    The last tenth of train is val, and `test` the split with the test images.
+    """
+    folder = _folder(name, dir)
+    splits = {"train": "train[:90%]", "val": "train[90%:]", "test": test}
+    import tensorflow_datasets as tfds
+
+    sources: Any = tfds.data_source(
+        name, split=list(splits.values()), data_dir=str(folder.parent.parent), download=False
+    )
+    dataset = Dataset(
+        splits=dict(zip(splits, sources, strict=True)),
+        resolution=resolution,
+        class_names=tuple(sources[0].dataset_info.features["label"].names),
+        mean=mean,
+        std=std,
+        title=name,
+    )
+    features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
+    return dataset, features["image"]["image"].get("encodingFormat", "png")
+
+
+def _folder(name: str, dir: str | None) -> epath.Path:
+    """The folder of a prepared dataset's newest version, after checking for the mistakes that tfds explains badly."""
     folder = epath.Path(dir or "~/tensorflow_datasets").expanduser() / name
     versions = sorted(folder.glob("*/dataset_info.json")) if folder.exists() else []
     if not versions:
@@ -159,20 +196,22 @@ def _tfds(name: str, dir: str | None, splits: Mapping[str, str]) -> dict[str, So
             f"dir holds {name} as {file_format}, which has no random access: {versions[-1].parent}. "
             "Prepare it with file_format='array_record'."
         )
-    import tensorflow_datasets as tfds
-
-    opened = tfds.data_source(name, split=list(splits.values()), data_dir=str(folder.parent), download=False)
-    return dict(zip(splits, opened, strict=True))
+    return versions[-1].parent
 
 
-_DATASETS: dict[str, Callable[..., Dataset]] = {"cifar10": cifar10, "digits": digits, "image_folder": image_folder}
+_DATASETS: dict[str, Callable[..., Dataset]] = {
+    "cifar10": cifar10,
+    "digits": digits,
+    "image_folder": image_folder,
+    "tiny_imagenet20": tiny_imagenet20,
+}
 
 
 def load_dataset(name: str, dir: str | None = None, *, image_size: int | None = None) -> Dataset:
     """Opens a dataset by name.
 
     Args:
-        name: `cifar10`, `digits` or `image_folder`.
+        name: `cifar10`, `digits`, `image_folder` or `tiny_imagenet20`.
         dir: where it is: for prepared ones, of TensorFlow Datasets, by default `~/tensorflow_datasets`; for an image
             folder, `~/imagenet`.
         image_size: resolution of an image folder, whose files may have any.

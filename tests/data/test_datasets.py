@@ -88,6 +88,32 @@ def test_cifar10_gives_uint8_images_with_labels(cifar10_dir):
         assert example["label"] == int(example["image"][0, 0, 0]) % dataset.num_classes
 
 
+def test_a_cifar10_of_jpeg_files_is_a_copy_and_called_so(cifar10_dir, jpeg_dir):
+    """The original is lossless."""
+    titles = [load_dataset("cifar10", str(folder)).title for folder in (cifar10_dir, jpeg_dir)]
+    assert titles == ["CIFAR-10", "CIFAR-10, JPEG copy"]
+
+
+def test_tiny_imagenet20_is_tested_on_its_validation_images(jpeg_dir):
+    dataset = load_dataset("tiny_imagenet20", str(jpeg_dir))
+    assert {name: len(source) for name, source in dataset.splits.items()} == {"train": 54, "val": 6, "test": 10}
+    assert [int(source[0]["image"][0, 0, 0]) for source in dataset.splits.values()] == [0, 54, 0]
+    assert dataset.splits["test"][3]["image"].shape == (dataset.resolution, dataset.resolution, dataset.channels)
+
+
+def test_whole_tiny_imagenet20_is_described_as_it_is(shared):
+    folder = shared / "data" / "imagenet_tfds"
+    if not folder.is_dir():
+        pytest.skip("needs the developers' copy of tiny_imagenet20")
+    dataset = load_dataset("tiny_imagenet20", str(folder))
+    assert {name: len(source) for name, source in dataset.splits.items()} == {"train": 9000, "val": 1000, "test": 1000}
+    images = np.stack([dataset.splits["train"][i]["image"] for i in range(0, 9000, 20)]) / 255
+    np.testing.assert_allclose(images.mean((0, 1, 2)), dataset.mean, atol=0.02)
+    np.testing.assert_allclose(images.std((0, 1, 2)), dataset.std, atol=0.02)
+    assert dataset.num_classes == 20
+    assert dataset.class_names[0] == "n01443537"
+
+
 def test_whole_cifar10_is_described_as_it_is(shared):
     folder = shared / "data" / "cifar10_full"
     if not folder.is_dir():
@@ -177,10 +203,10 @@ def test_image_folders_have_no_size_of_their_own(folder, image_size):
         load_dataset("image_folder", str(folder), image_size=image_size)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
-def test_other_datasets_have_one(name, cifar10_dir):
-    with pytest.raises(ValueError, match=f"image_size must be .* or not be given for {name}, got 64"):
-        load_dataset(name, str(cifar10_dir), image_size=64)
+@pytest.mark.parametrize("name", ["digits", "cifar10", "tiny_imagenet20"])
+def test_other_datasets_have_one(name, jpeg_dir):
+    with pytest.raises(ValueError, match=f"image_size must be .* or not be given for {name}, got 96"):
+        load_dataset(name, str(jpeg_dir), image_size=96)
 
 
 def test_incomplete_image_folders_are_answered_with_what_is_missing(folder):
@@ -215,11 +241,14 @@ def test_the_home_folder_is_the_default(tmp_path, monkeypatch):
 
 def test_an_unknown_name_is_answered_with_a_near_one():
     with pytest.raises(
-        ValueError, match=r"^name must be one of cifar10, digits, image_folder, got 'digit'\. Did you mean 'digits'\?"
+        ValueError,
+        match=r"^name must be one of .*image_folder, tiny_imagenet20, got 'digit'\. Did you mean 'digits'\?",
     ):
         load_dataset("digit")
 
 
 def test_an_outlandish_name_is_answered_with_all_names():
-    with pytest.raises(ValueError, match=r"^name must be one of cifar10, digits, image_folder, got 'xyz'\.$"):
+    with pytest.raises(
+        ValueError, match=r"^name must be one of cifar10, digits, image_folder, tiny_imagenet20, got 'xyz'\.$"
+    ):
         load_dataset("xyz")

@@ -43,7 +43,7 @@ def test_every_config_builds(path, cifar10_dir, monkeypatch):
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_config_tells_how_it_is_run(path):
     source = (ROOT / path).read_text()
-    assert re.search(rf"python -m experiments.train --config={re.escape(str(path))}(:\w+)? --workdir=runs/", source)
+    assert re.search(rf"python -m experiments.\w+ --config={re.escape(str(path))}(:\w+)? --workdir=runs/", source)
 
 
 def test_lengths_are_given_in_epochs(tiny_config):
@@ -54,6 +54,18 @@ def test_lengths_are_given_in_epochs(tiny_config):
     assert float(built.schedule(warm)) == pytest.approx(0.01)
     assert float(built.schedule(warm - 1)) < 0.01
     assert float(built.schedule(built.total_steps)) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_the_rate_falls_at_the_epochs_that_are_given(tiny_config):
+    fields = {
+        "batch_size": 64,
+        "optimizer.name": "sgd",
+        "optimizer.warmup_epochs": 0.0,
+        "optimizer.decay_epochs": (1, 2),
+    }
+    built = build(tiny_config(**fields))
+    rates = [float(built.schedule(step)) for step in (0, 18, 19, 37, 38)]
+    assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001])
 
 
 def test_a_run_has_one_step_at_least(tiny_config):

@@ -7,7 +7,7 @@ from flax import nnx
 
 from ssm_jax.layers import S4ND
 from ssm_jax.models import create_model
-from ssm_jax.training.optimizer import make_optimizer, param_groups, warmup_cosine
+from ssm_jax.training.optimizer import learning_rate, make_optimizer, param_groups, warmup_cosine
 
 PARAMS = {
     "kernel": np.array([1.0, -2.0, 3.0]),
@@ -81,9 +81,32 @@ def test_each_group_follows_adamw_with_its_own_rate_and_decay():
         np.testing.assert_allclose(params[name], expected, rtol=1e-5, err_msg=name)
 
 
-def test_weight_decay_touches_its_group_alone():
+def sgd_by_hand(name, *, lr, weight_decay, momentum, total_steps):
+    """PyTorch's: the decay is part of the gradient, and the learning rate multiplies what the momentum gives."""
+    p, v = PARAMS[name], 0.0
+    for t, grads in enumerate(GRADIENTS):
+        v = momentum * v + grads[name] + weight_decay * p
+        p = p - lr * (1 + np.cos(np.pi * t / total_steps)) / 2 * v
+    return p
+
+
+def test_each_group_follows_sgd_with_its_own_rate_and_decay():
+    options = {"name": "sgd", "momentum": 0.7, "warmup_steps": 0, "total_steps": 10}
+    params = updated(make_optimizer(LABELS, lr=0.1, ssm_lr=0.02, weight_decay=0.3, **options))
+    for name, lr, weight_decay in [("kernel", 0.1, 0.3), ("bias", 0.1, 0.0), ("dt", 0.02, 0.0)]:
+        expected = sgd_by_hand(name, lr=lr, weight_decay=weight_decay, momentum=0.7, total_steps=10)
+        np.testing.assert_allclose(params[name], expected, rtol=1e-5, err_msg=name)
+
+
+def test_an_unknown_rule_is_answered_with_those_there_are():
+    with pytest.raises(ValueError, match=r"^name must be one of adamw, sgd, got 'lamb'"):
+        make_optimizer(LABELS, name="lamb", lr=0.1, ssm_lr=0.1, weight_decay=0.0, warmup_steps=0, total_steps=10)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_weight_decay_touches_its_group_alone(name):
     def after(weight_decay):
-        options = {"lr": 0.1, "ssm_lr": 0.1, "warmup_steps": 0, "total_steps": 10}
+        options = {"name": name, "lr": 0.1, "ssm_lr": 0.1, "warmup_steps": 0, "total_steps": 10}
         return updated(make_optimizer(LABELS, weight_decay=weight_decay, **options))
 
     without, with_decay = after(0.0), after(0.5)
@@ -155,6 +178,38 @@ def test_without_warm_up_the_schedule_starts_at_its_peak():
 
 def test_the_schedule_ends_at_zero_by_default():
     assert float(warmup_cosine(0.4, warmup_steps=1, total_steps=3)(3)) == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [(0, 0.0), (5, 0.2), (10, 0.4), (29, 0.4), (30, 0.04), (59, 0.04), (60, 0.004), (99, 0.004), (200, 0.004)],
+)
+def test_each_milestone_leaves_a_tenth_of_the_rate(step, rate):
+    schedule = learning_rate(0.4, warmup_steps=10, total_steps=100, milestones=(30, 60))
+    assert float(schedule(step)) == pytest.approx(rate, rel=1e-5)
+
+
+def test_milestones_hold_for_all_groups():
+    """With equal gradients, Adam's steps are of the size of the rate."""
+    options = {"weight_decay": 0.0, "warmup_steps": 0, "total_steps": 10, "milestones": [1], "eps": 1e-12}
+    params = updated(make_optimizer(LABELS, lr=0.1, ssm_lr=0.2, **options), [GRADIENTS[1], GRADIENTS[1]])
+    for name, lr in [("kernel", 0.1), ("bias", 0.1), ("dt", 0.2)]:
+        np.testing.assert_allclose(params[name], PARAMS[name] - 1.1 * lr * np.sign(GRADIENTS[1][name]), rtol=1e-5)
+
+
+def test_without_milestones_the_rate_is_half_a_cosine():
+    options = {"warmup_steps": 10, "total_steps": 110, "end": 0.01}
+    for step in (0, 10, 35, 110):
+        assert float(learning_rate(0.4, **options)(step)) == float(warmup_cosine(0.4, **options)(step))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"end": 0.1}, r"^end_lr must be 0 where milestones"), ({"warmup_steps": 6}, r"^milestones must not be before")],
+)
+def test_milestones_that_contradict_the_rest_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        learning_rate(0.4, **{"warmup_steps": 0, "total_steps": 10, "milestones": (5,), **options})
 
 
 @pytest.mark.parametrize(("warmup_steps", "total_steps"), [(3, 3), (4, 3), (-1, 3), (0, 0)])
