@@ -11,6 +11,7 @@ not have are compared with what they are variants of. Then single operations, by
 comes from. Writes backbones_DTYPE.json into `--out`.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -59,6 +60,18 @@ NETWORKS = {
     "resnet101": Network(timm="resnet101", sized=False),
 }
 
+AGGREGATED = {
+    "resnet50": ("se", "eca", "cbam", "rla", "mrla_base", "mrla_light", "s6la"),
+    "deit_small": ("se", "eca", "mrla_base", "mrla_light", "s6la"),
+}
+"""Networks that exist with modules for the aggregation of layers, or attention to channels, and those modules."""
+
+NETWORKS |= {
+    f"{name}_{module}": NETWORKS[name]._replace(timm=None, baseline=name)
+    for name, modules in AGGREGATED.items()
+    for module in modules
+}
+
 MODELS = flags.DEFINE_list(
     "models", "convnext_tiny,resnet50,deit_small,swin_tiny,convnext_tiny_s4nd,vit_base_s4nd", "Which networks."
 )
@@ -95,17 +108,34 @@ def functions(graph: nnx.GraphDef) -> tuple[Callable[..., Any], Callable[..., An
     return forward, jax.value_and_grad(loss, has_aux=True)
 
 
-def ours(model: nnx.Module, images: jax.Array) -> tuple[Passes, float]:
-    """A network's passes, and the seconds until the first step could run."""
+class Compilation(NamedTuple):
+    """What it takes to get a program that can run, and what it then allots beside arguments and results."""
+
+    tracing: float
+    compiling: float
+    """Seconds, both."""
+    temporary_bytes: int
+
+
+def compile_step(f: Callable[..., Any], *arguments: Any) -> tuple[jax.stages.Compiled, Compilation]:
+    """Compiles f for arguments, of which only shapes matter, and uses nothing that JAX kept of earlier programs."""
+    jax.clear_caches()
+    start = now()
+    lowered = jax.jit(f).lower(*arguments)
+    traced = now()
+    compiled = lowered.compile()
+    done = now()
+    return compiled, Compilation(traced - start, done - traced, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def ours(model: nnx.Module, images: jax.Array) -> tuple[Passes, Compilation]:
+    """A network's passes, and the compilation of the step."""
     graph, *state = nnx.split(model, nnx.Param, ...)
     forward, backward = functions(graph)
-    start = now()
-    step = jax.jit(backward).lower(*state, images).compile()
-    seconds = now() - start
+    step, compilation = compile_step(backward, *state, images)
     logits = jax.jit(forward).lower(*state, images).compile()
-    memory = step.memory_analysis()
-    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
-    return Passes(lambda: logits(*state, images), lambda: step(*state, images), lambda: peak), seconds
+    peak = compilation.temporary_bytes + step.memory_analysis().output_size_in_bytes
+    return Passes(lambda: logits(*state, images), lambda: step(*state, images), lambda: peak), compilation
 
 
 def torch_module(network: Network) -> tuple[Any, dict[str, np.ndarray]]:
@@ -177,12 +207,18 @@ def measure(name: str, batch: int, dtype: str, *, has_torch: bool) -> dict[str, 
     images = np.random.default_rng(1).normal(size=(batch, IMAGE_SIZE.value, IMAGE_SIZE.value, 3)).astype(np.float32)
     x = jnp.asarray(images)
     result: dict[str, Any] = {"batch": batch}
-    passes, first = {}, {}
+    passes: dict[str, Passes] = {}
+    first: dict[str, float] = {}
+
+    def add(contestant: str, model: nnx.Module) -> None:
+        passes[contestant], compilation = ours(model, x)
+        first[contestant] = compilation.tracing + compilation.compiling
+
     model = build(name, dtype, scan=SCAN.value)
     if network.timm and has_torch:
         module, state = torch_module(network)
         load_torch(model, state)
-        passes["ssm_jax"], first["ssm_jax"] = ours(model, x)
+        add("ssm_jax", model)
         exact = passes["ssm_jax"]
         if dtype != "float32" or _TF32.value:
             model = build(name, "float32", scan=SCAN.value)
@@ -197,10 +233,9 @@ def measure(name: str, batch: int, dtype: str, *, has_torch: bool) -> dict[str, 
         passes["PyTorch"].backward()
         first["PyTorch"] = now() - start
     else:
-        passes["ssm_jax"], first["ssm_jax"] = ours(model, x)
+        add("ssm_jax", model)
         if network.baseline:
-            other = build(network.baseline, dtype, scan=SCAN.value)
-            passes[network.baseline], first[network.baseline] = ours(other, x)
+            add(network.baseline, build(network.baseline, dtype, scan=SCAN.value))
     result["bytes"] = {contestant: each.peak_bytes() for contestant, each in passes.items()}
     return result | {"first": first} | seconds(passes)
 
@@ -284,6 +319,21 @@ def prepare_torch() -> bool:
     return True
 
 
+def batch_size() -> int:
+    """That of `--batch`, or the default for the device."""
+    return BATCH.value or (4 if jax.default_backend() == "cpu" else 64)
+
+
+def precision(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """Products of float32 in float32, unless `--tf32` allows less: JAX's default on GPUs is TensorFloat-32."""
+    return jax.default_matmul_precision("highest" if dtype == "float32" and not _TF32.value else "default")
+
+
+def setting(dtype: str) -> dict[str, str]:
+    """The flags that a measurement must be quoted with."""
+    return {"dtype": dtype, "tf32": str(_TF32.value), "scan": str(SCAN.value), "remat": REMATERIALISE.value}
+
+
 def main(_: list[str]) -> None:
     """Measures, prints and saves."""
     check_names()
@@ -291,13 +341,11 @@ def main(_: list[str]) -> None:
     pin(CORES.value)
     has_torch = prepare_torch()
     dtype, console = DTYPE.value or "float32", Console(width=160)
-    where = surroundings("jaxlib", "flax", *["torch", "timm"] * has_torch)
-    where |= {"dtype": dtype, "tf32": str(_TF32.value), "scan": str(SCAN.value), "remat": REMATERIALISE.value}
+    where = surroundings("jaxlib", "flax", *["torch", "timm"] * has_torch) | setting(dtype)
     console.print(where if has_torch else f"{where}; no PyTorch with timm for this device: only our networks")
-    batch = BATCH.value or (4 if jax.default_backend() == "cpu" else 64)
+    batch = batch_size()
     networks, parts = {}, {}
-    # JAX's default on GPUs is TensorFloat-32, PyTorch's is not for products and is for convolutions: one for both.
-    with jax.default_matmul_precision("highest" if dtype == "float32" and not _TF32.value else "default"):
+    with precision(dtype):  # PyTorch's default is TensorFloat-32 for convolutions only: one for both
         for name in MODELS.value:
             networks[name] = measure(name, batch, dtype, has_torch=has_torch)
             console.print(f"{name}: {1e3 * np.median(networks[name]['backward']['ssm_jax']):.0f} ms")

@@ -25,11 +25,22 @@ from jax.sharding import SingleDeviceSharding
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.backbones import BATCH, IMAGE_SIZE, MODELS, REMATERIALISE, SCAN, build, check_names, functions, save
-from benchmarks.side_by_side import CORES, DTYPE, ROUNDS, now, pin, surroundings
+from benchmarks.backbones import (
+    BATCH,
+    IMAGE_SIZE,
+    MODELS,
+    REMATERIALISE,
+    SCAN,
+    build,
+    check_names,
+    compile_step,
+    functions,
+    save,
+)
+from benchmarks.side_by_side import CORES, DTYPE, ROUNDS, pin, surroundings
 from benchmarks.tpu_aot import NOTE, TOPOLOGY, Estimate, chip, estimate
 
-_TARGET = flags.DEFINE_enum("target", "here", ["here", "tpu"], "What to compile for: this machine, or one TPU chip.")
+TARGET = flags.DEFINE_enum("target", "here", ["here", "tpu"], "What to compile for: this machine, or one TPU chip.")
 FLOPS, BYTES = 197e12, 819e9
 """Of a v5e, each second: products of bfloat16, and traffic of its main memory."""
 
@@ -43,13 +54,9 @@ def training_step(name: str, batch: int, dtype: str, *, scan: bool) -> tuple[Cal
 
 def compile_here(name: str, batch: int, dtype: str, *, scan: bool) -> tuple[float, float, float]:
     """Seconds to trace and to compile a step, and the MB that it takes beside arguments and results."""
-    jax.clear_caches()
     step, arguments = training_step(name, batch, dtype, scan=scan)
-    start = now()
-    lowered = jax.jit(step).lower(*arguments)
-    traced = now()
-    compiled = lowered.compile()
-    return traced - start, now() - traced, compiled.memory_analysis().temp_size_in_bytes / 1e6
+    _, compilation = compile_step(step, *arguments)
+    return compilation.tracing, compilation.compiling, compilation.temporary_bytes / 1e6
 
 
 def here(console: Console) -> None:
@@ -92,8 +99,23 @@ def shares(numbers: Estimate) -> tuple[float, float]:
     return numbers.gigaflops * 1e9 / FLOPS / seconds, numbers.gigabytes * 1e9 / BYTES / seconds
 
 
-def there(console: Console) -> None:
-    """Compiles for one chip, prints and saves."""
+ESTIMATED = ("ms", "GB accessed", "GFLOP", "temporary MB", "products", "traffic")
+"""Columns of a table of estimates."""
+
+
+def cells(numbers: Estimate) -> list[str]:
+    """A row of them."""
+    return [*(f"{n:.1f}" for n in numbers), *(f"{100 * share:.0f} %" for share in shares(numbers))]
+
+
+def record(numbers: Estimate) -> dict[str, float]:
+    """What is saved of an estimate."""
+    products, traffic = shares(numbers)
+    return numbers._asdict() | {"products": products, "traffic": traffic}
+
+
+def one_chip(console: Console) -> tuple[SingleDeviceSharding, dict[str, str], int, str]:
+    """A chip to compile for, what its estimates must be quoted with, batch and dtype. Exits without libtpu."""
     try:
         sharding = chip()
     except ModuleNotFoundError as error:
@@ -102,17 +124,21 @@ def there(console: Console) -> None:
     where = surroundings("flax", "libtpu") | {"device": TOPOLOGY, "dtype": dtype, "batch": str(batch), "note": NOTE}
     where |= {"scan": str(SCAN.value), "remat": REMATERIALISE.value}
     console.print(where)
+    return sharding, where, batch, dtype
+
+
+def there(console: Console) -> None:
+    """Compiles for one chip, prints and saves."""
+    sharding, where, batch, dtype = one_chip(console)
     table = Table(title=f"a step of {batch} images: {NOTE}")
-    for column in ["network", "ms", "GB accessed", "GFLOP", "temporary MB", "products", "traffic"]:
+    for column in ["network", *ESTIMATED]:
         table.add_column(column, justify="left" if column == "network" else "right")
     results = {}
     for name in MODELS.value:
         numbers = on_tpu(name, batch, dtype, sharding)
-        products, traffic = shares(numbers)
-        results[name] = numbers._asdict() | {"products": products, "traffic": traffic}
-        row = [*(f"{n:.1f}" for n in numbers), *(f"{100 * share:.0f} %" for share in (products, traffic))]
-        table.add_row(name, *row)
-        console.print(name, *row)
+        results[name] = record(numbers)
+        table.add_row(name, *cells(numbers))
+        console.print(name, *cells(numbers))
     console.print(table)
     save(f"tpu_backbones_{dtype}", {"where": where, "networks": results}, console)
 
@@ -121,7 +147,7 @@ def main(_: list[str]) -> None:
     """Does what `--target` says."""
     check_names()
     console = Console(width=160)
-    if _TARGET.value == "tpu":
+    if TARGET.value == "tpu":
         there(console)
     else:
         here(console)

@@ -63,19 +63,24 @@ def medians(functions: Mapping[str, Callable[[], Any]], *, rounds: int, longest:
     return {name: float(np.median(seconds)) for name, seconds in all_times.items()}
 
 
-def times(functions: Mapping[str, Callable[[], Any]], *, rounds: int, longest: float = 20.0) -> dict[str, list[float]]:
-    """Seconds of each function, called in turns after one call that is not counted; what it returns is waited for.
+def times(
+    functions: Mapping[str, Callable[[], Any]], *, rounds: int, longest: float = 20.0, calls: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each function, called in turns after one turn that is not counted; what it returns is waited for.
 
-    Slow ones drop out of the later rounds: after `longest` seconds in all.
+    Slow ones drop out of the later rounds: after `longest` seconds in all. Each turn is the mean of `calls`, of which
+    only the last one is waited for, as in training, so that the time that Python takes to start them is hidden.
     """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds + 1):
         for name, function in functions.items():
-            if len(seconds[name]) < 2 or sum(seconds[name]) < longest:
+            if len(seconds[name]) < 2 or calls * sum(seconds[name]) < longest:
                 _settle()
                 start = now()
+                for _ in range(calls - 1):
+                    function()
                 jax.block_until_ready(function())
-                seconds[name].append(now() - start)
+                seconds[name].append((now() - start) / calls)
     return {name: counted for name, (_, *counted) in seconds.items()}
 
 

@@ -20,6 +20,16 @@ def test_functions_are_called_in_turns_and_the_first_turn_is_not_counted():
     assert set(seconds) == {"a", "b"}
 
 
+def test_a_turn_can_be_several_calls_of_which_the_last_is_waited_for(monkeypatch):
+    log = []
+    ticks = iter([0, 12, 0, 6])  # two turns, of 12 and of 6 seconds
+    monkeypatch.setattr(side_by_side, "_settle", lambda: None)
+    monkeypatch.setattr(side_by_side.time, "process_time", lambda: next(ticks))
+    monkeypatch.setattr(side_by_side.jax, "block_until_ready", lambda result: log.append("wait"))
+    assert side_by_side.times({"a": lambda: log.append("a")}, rounds=1, calls=3) == {"a": [2]}
+    assert log == ["a", "a", "a", "wait"] * 2
+
+
 def test_median_is_of_the_counted_calls(monkeypatch):
     ticks = iter([0, 100, 0, 5, 0, 1, 0, 2])  # four calls of 100, 5, 1 and 2 seconds
     monkeypatch.setattr(side_by_side, "_settle", lambda: None)
