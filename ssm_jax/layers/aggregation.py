@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ssm_jax.layers.conv import conv
+from ssm_jax.layers.conv import block_means, conv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,9 +90,7 @@ def beside(block: Any, read: Any, h: Float[Array, "b h w n"]) -> Callable[[Array
 
 
 def halved(h: Float[Array, "b h w n"], size: tuple[int, ...]) -> Float[Array, "b h2 w2 n"]:
-    """`h` at the `size` of a map: itself, or its means over 2 x 2 positions, at an odd end over those there are."""
+    """`h` at the `size` of a map: itself, or its means over 2 x 2 positions."""
     if h.shape[1:3] == tuple(size):
         return h
-    h = jnp.pad(h, ((0, 0), (0, h.shape[1] % 2), (0, h.shape[2] % 2), (0, 0)), mode="edge")
-    b, rows, columns, n = h.shape
-    return h.reshape(b, rows // 2, 2, columns // 2, 2, n).mean((2, 4))
+    return block_means(h, 2)

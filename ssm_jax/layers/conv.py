@@ -1,8 +1,9 @@
-"""Convolutions of residual networks."""
+"""Convolutions and averages of residual networks."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -60,3 +61,12 @@ def conv(
         rngs=rngs,
         **options,
     )
+
+
+def block_means(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b h2 w2 c"]:
+    """Means over blocks of side x side positions, 1 or 2; those at an odd end have only the positions there are."""
+    down, right = -x.shape[1] % side, -x.shape[2] % side
+    if down or right:  # the gradient of padding by nothing takes memory too
+        x = jnp.pad(x, ((0, 0), (0, down), (0, right), (0, 0)), mode="edge")  # the mean of a row and its copy is it
+    b, h, w, c = x.shape
+    return x.reshape(b, h // side, side, w // side, side, c).mean((2, 4))

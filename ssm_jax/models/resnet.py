@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
-from ssm_jax.layers.conv import conv
+from ssm_jax.layers.conv import block_means, conv
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear
@@ -71,11 +71,7 @@ class AveragePool(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
         """Pools."""
-        s = self.stride
-        # The mean of a row and its copy is that row.
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % s), (0, -x.shape[2] % s), (0, 0)), mode="edge")
-        b, h, w, c = x.shape
-        return x.reshape(b, h // s, s, w // s, s, c).mean((2, 4))
+        return block_means(x, self.stride)
 
 
 class Residual(nnx.Module):
