@@ -272,6 +272,49 @@ def test_predictions_are_shown_over_their_images(channels):
         np.testing.assert_array_equal(axes.images[0].get_array(), image.squeeze())
 
 
+def test_layers_of_all_stages_are_counted_on_and_each_has_its_quantiles():
+    stages = [np.exp(np.random.default_rng(i).normal(size=(layers, 3, 50))) for i, layers in enumerate((3, 1, 2))]
+    delta, memory = plots.by_layer({"Delta": stages, "memory": [1 / stage for stage in stages]}).axes
+    assert (delta.get_ylabel(), memory.get_ylabel(), delta.get_yscale()) == ("Delta", "memory", "log")
+    for axes, power in [(delta, 1), (memory, -1)]:
+        for label, summary in [("median", np.median), ("mean", np.mean)]:
+            points = drawn(axes, label)
+            assert [x.tolist() for x, _ in points] == [[1, 2, 3], [4], [5, 6]]
+            for (_, y), stage in zip(points, stages, strict=True):
+                np.testing.assert_allclose(y, [summary(layer**power) for layer in stage])
+        for band, stage in zip(axes.collections, stages, strict=True):
+            low, high = np.quantile(stage.reshape(len(stage), -1) ** power, [0.1, 0.9], axis=1)
+            edges = band.get_paths()[0].vertices[:, 1]
+            np.testing.assert_allclose([edges.min(), edges.max()], [low.min(), high.max()])
+
+
+def test_contributions_are_shown_in_percent_of_their_state():
+    first, second = np.array([[0.0, 2, 0], [0, 1, 3]]), np.array([[3.0, 1, 0, 0], [1, 1, 2, 0], [0, 0, 0, 0]])
+    left, right, _ = plots.contributions([first, second]).axes
+    assert [text.get_text() for text in left.texts] == ["0", "100", "0", "25", "75"]
+    assert [text.get_text() for text in right.texts] == ["75", "25", "25", "25", "50", "0", "0", "0", "0"]
+    np.testing.assert_array_equal(left.images[0].get_array().filled(-1), [[0, 100, -1], [0, 25, 75]])
+    assert [label.get_text() for label in right.get_xticklabels()] == ["before", "3", "4", "5"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["3", "4", "5"]
+
+
+def test_what_is_read_is_shown_beside_its_image_on_one_scale():
+    images = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    stages = [[np.random.default_rng(i).uniform(size=(2, size, size)) for i in range(2)] for size in (8, 4)]
+    *shown, _ = plots.read_maps(images, stages).axes
+    columns = [images[..., 0], *stages[0], *stages[1]]
+    assert [axes.get_title() for axes in shown[:5]] == ["image", "layer 1", "2", "3", "4"]
+    for (row, column), axes in zip(np.ndindex(2, 5), shown, strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), columns[column][row])
+    limit = max(layer.max() for stage in stages for layer in stage)
+    assert {axes.images[0].get_clim() for axes in shown} == {(0, 255), (0, limit)}
+
+
+def test_reading_nothing_can_be_shown():
+    *_, last, _ = plots.read_maps(np.zeros((1, 4, 4, 3), np.uint8), [[np.zeros((1, 2, 2))]]).axes
+    assert last.images[0].get_clim() == (0, 1)
+
+
 @pytest.mark.parametrize(
     "figure",
     [
@@ -282,6 +325,9 @@ def test_predictions_are_shown_over_their_images(channels):
         lambda: plots.step_responses({1: random_kernels(2, 1, 1, 4, 8)}),
         lambda: plots.spectra({1: random_kernels(2, 1, 1, 4, 8)}, bandlimit=0.5, frequencies=np.full((4, 2), 0.1)),
         lambda: plots.prediction_sheet(np.zeros((2, 4, 4, 1), np.uint8), np.zeros(2, int), np.zeros(2, int), ["a"]),
+        lambda: plots.by_layer({"Delta": [np.ones((2, 3)), np.ones((1, 3))]}),
+        lambda: plots.contributions([np.tril(np.ones((3, 4)), 1), np.tril(np.ones((14, 15)), 1)]),
+        lambda: plots.read_maps(np.zeros((2, 4, 4, 1), np.uint8), [[np.random.default_rng(0).uniform(size=(2, 4, 4))]]),
     ],
     ids=[
         "training_curves",
@@ -291,6 +337,9 @@ def test_predictions_are_shown_over_their_images(channels):
         "step_responses",
         "spectra",
         "prediction_sheet",
+        "by_layer",
+        "contributions",
+        "read_maps",
     ],
 )
 def test_figures_can_be_drawn_without_a_display(figure):

@@ -41,7 +41,15 @@ def check_s4nd_tour(text):
     assert accuracy[4] >= 50
 
 
-CHECKS = {"s4nd_tour": check_s4nd_tour}
+def check_s6la_tour(text):
+    differences = [float(value) for value in re.findall(r"largest difference.* (\S+)$", text, re.MULTILINE)]
+    assert len(differences) == 6
+    assert max(differences) < 1e-5
+    (accuracy,) = re.findall(r"^test accuracy ([\d.]+)%$", text, re.MULTILINE)
+    assert float(accuracy) >= 93
+
+
+CHECKS = {"s4nd_tour": check_s4nd_tour, "s6la_tour": check_s6la_tour}
 """By notebook, what the text that it prints must say."""
 
 
