@@ -219,11 +219,12 @@ class S6LAConv(Aggregation):
         )
         self.dynamics = dynamics() if share == "stage" else None
         self.cells = nnx.List()
+        exact = at_least_float32(param_dtype)
         for block in stage.blocks:
             own = dynamics() if share == "block" else None
             parts = (own or self.dynamics).parts  # pyright: ignore[reportOptionalMemberAccess]
-            norm = BatchNorm(len(parts) * state_dim, affine=False, **dtypes, rngs=rngs) if input_norm else None
-            self.cells.append(ConvCell(self._reader(block, dtypes, rngs), norm, own))
+            statistics = BatchNorm(len(parts) * state_dim, affine=False, dtype=exact, rngs=rngs) if input_norm else None
+            self.cells.append(ConvCell(self._reader(block, dtypes, rngs), statistics, own))
         self.head_norm = BatchNorm(state_dim, **dtypes, rngs=rngs) if head_state and stage.last else None
         self.head_channels = state_dim if self.head_norm is not None else 0
 
@@ -235,7 +236,7 @@ class S6LAConv(Aggregation):
 
     def start(self, x: Float[Array, "b h w c"], h: Float[Array, "b h w n"] | None) -> Float[Array, "b h w n"]:
         """The state after the stage before, or zero."""
-        return jnp.zeros((*x.shape[:-1], self.state_dim), jnp.float32) if h is None else h
+        return jnp.zeros((*x.shape[:-1], self.state_dim), at_least_float32(x.dtype)) if h is None else h
 
     def __call__(
         self,
@@ -262,7 +263,8 @@ class S6LAConv(Aggregation):
         dynamics = self.dynamics or cell.dynamics
         y = dynamics.project(x)
         y = y if cell.norm is None else cell.norm(y)
-        parts = dict(zip(dynamics.parts, jnp.split(y.astype(jnp.float32), len(dynamics.parts), axis=-1), strict=True))
+        y = y.astype(at_least_float32(y.dtype))
+        parts = dict(zip(dynamics.parts, jnp.split(y, len(dynamics.parts), axis=-1), strict=True))
         delta = dynamics.decay.delta(parts.get("delta"), y.ndim)
         B = parts["b"] if dynamics.B is None else dynamics.B[...][None, None, None]
         a, gain = selective_discretize(delta, dynamics.decay.A[None, None, None], self.discretization)
@@ -443,7 +445,7 @@ class S6LAToken(Aggregation):
     def start(self, x: Float[Array, "b *axes d"], h: Float[Array, "b c n"] | None) -> Float[Array, "b d n"]:
         """Zero, or the state after the stage before in this one's channels."""
         if self.carry is None or h is None:
-            return jnp.zeros((len(x), self.channels, self.state_dim), jnp.float32)
+            return jnp.zeros((len(x), self.channels, self.state_dim), at_least_float32(x.dtype))
         return jnp.swapaxes(self.carry(jnp.swapaxes(h, 1, 2)), 1, 2)
 
     def __call__(
@@ -468,8 +470,8 @@ class S6LAToken(Aggregation):
     def select(self, x: Float[Array, "b *axes d"]) -> Float[Array, "b d"]:
         """s, in float32."""
         tokens = x.reshape(len(x), -1, x.shape[-1])
-        s = tokens[:, 0] if self.by_class else tokens[:, self.prefix :].mean(1, dtype=jnp.float32)
-        s = s.astype(at_least_float32(s.dtype))
+        precise = at_least_float32(x.dtype)
+        s = tokens[:, 0].astype(precise) if self.by_class else tokens[:, self.prefix :].mean(1, dtype=precise)
         return normalised(s) if self.input_norm else s
 
     def update(self, cell: Any, s: Float[Array, "b d"], h: Float[Array, "b d n"]) -> Float[Array, "b d n"]:

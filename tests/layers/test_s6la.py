@@ -488,29 +488,37 @@ def test_every_parameter_is_used_after_the_first_step(family):
         assert np.any(gradient) or unused or "aggregation" not in name, path
 
 
-@pytest.mark.parametrize(
-    "how", [{"scan": True}, {"remat": "nothing_saveable"}, {"scan": True, "remat": "dots_saveable"}], ids=str
-)
-@pytest.mark.parametrize("form", ["conv", "token"])
-def test_loops_and_rematerialisation_change_no_number(how, form):
+def step(model, shape):
+    """Loss, batch statistics and gradients."""
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, x):
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        y = model(x, rngs=nnx.Rngs(dropout=1))
+        return jnp.sum(y**2), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    (value, statistics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, normal(*shape))
+    return value, statistics, nnx.to_pure_dict(grads)
+
+
+@functools.cache
+def plain_step(form):
+    """A network, the shape of its images, and its step."""
     if form == "conv":
-        build, shape = network, (4, 32, 32, 3)
+        model, shape = network(depths=(1, 3), dims=(8, 8)), (4, 16, 16, 3)
     else:
         make, aggregation, shape = small("deit", s6la={"drop_path": 0.5}, depth=3)
-        build = lambda: drawn(lambda: make(aggregation=aggregation))  # noqa: E731
-    results = []
-    for model in (build(), nnx.view(build(), **how)):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        model = drawn(lambda: make(aggregation=aggregation))
+    return model, shape, step(model, shape)
 
-        def loss(params, x, graphdef=graphdef, rest=rest):
-            model = nnx.merge(graphdef, params, rest, copy=True)
-            y = model(x, rngs=nnx.Rngs(dropout=1))
-            return jnp.sum(y**2), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-        (value, statistics), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params, normal(*shape))
-        results.append((value, statistics, nnx.to_pure_dict(grads)))
-    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(results[0][2]))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), *results)
+@pytest.mark.parametrize("how", [{"remat": "nothing_saveable"}, {"scan": True, "remat": "dots_saveable"}], ids=str)
+@pytest.mark.parametrize("form", ["conv", "token"])
+def test_loops_and_rematerialisation_change_no_number(how, form):
+    model, shape, expected = plain_step(form)
+    result = step(nnx.view(model, **how), shape)
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[2]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * largest), expected, result)
 
 
 def test_half_precision_keeps_the_state_in_float32():
