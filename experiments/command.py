@@ -19,6 +19,9 @@ config_flag = config_flags.DEFINE_config_file(
     "config", None, "Config file; override its fields with --config.FIELD=VALUE.", lock_config=True
 )
 
+INTERRUPTED = 130
+"""Exit status, that of shells for Ctrl-C."""
+
 
 def run_command(main: Callable[[], Any]) -> None:
     """Parses the flags and runs `main`. Mistakes of the user end the process with a message and status 1 or 2."""
@@ -35,7 +38,7 @@ def run_command(main: Callable[[], Any]) -> None:
         except (CheckpointError, NonFiniteLossError) as error:
             fail(str(error), status=1)
         except KeyboardInterrupt:
-            fail("stopped; the same command goes on from the last checkpoint.", status=130)
+            fail("stopped; the same command goes on from the last checkpoint.", status=INTERRUPTED)
 
     app.run(run, flags_parser=parse)
 
@@ -80,7 +83,9 @@ def join_processes() -> None:
 def fail(message: str, *, status: int) -> NoReturn:
     """Ends the process with a message."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
-        # A regular exit waits for the other processes, which wait for this one in a collective.
+    if jax.distributed.is_initialized() or status == INTERRUPTED:
+        # A regular exit waits for the other processes, which wait for this one in a collective, and after an interrupt
+        # it takes the interpreter from under computations that still run, which then crash.
+        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

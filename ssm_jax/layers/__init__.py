@@ -1,5 +1,7 @@
 """Flax NNX modules, one method or section of a paper each."""
 
+from ssm_jax.layers.aggregation import Aggregation as Aggregation
+from ssm_jax.layers.aggregation import Stage as Stage
 from ssm_jax.layers.mrla import MRLABase as MRLABase
 from ssm_jax.layers.mrla import MRLALight as MRLALight
 from ssm_jax.layers.rla import RLA as RLA

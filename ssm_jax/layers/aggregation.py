@@ -28,28 +28,45 @@ class Stage:
 def aggregate(
     make: Callable[..., "Aggregation"] | None, stage: Stage, *, rngs: nnx.Rngs, **dtypes: Any
 ) -> "Aggregation | None":
-    """What a network's argument `aggregation` makes for a stage, if there is one."""
+    """What a network's argument `aggregation` makes for a stage, if there is one.
+
+    Raises ValueError for an argument that cannot be called.
+    """
+    if make is not None and not callable(make):
+        raise ValueError(
+            "aggregation must be a class or function such as functools.partial(S6LAConv, state_dim=16), got "
+            f"{make!r}; by name, as in create_model('resnet50_s6la', aggregation={{...}}), it takes a dict."
+        )
     return None if make is None else make(stage, **dtypes, rngs=rngs)
 
 
 class Aggregation(nnx.Module):
     """Lets the blocks of a stage see more than the output of the block before: a state h goes from block to block.
 
-    A network's argument `aggregation` makes one of these for each stage, as `aggregation(stage, dtype=..., ...)` with a
-    `Stage`, and `Stack` calls it. The parameters of a stage are its own, those of a block in `cells`.
+    A network's argument `aggregation` makes one of these for each stage, as `aggregation(stage, dtype=...,
+    param_dtype=..., rngs=...)` with a `Stage`, and `Stack` calls it for each block. Its constructor sets `cells`, an
+    `nnx.List` with what each of `stage.blocks` has for itself (None is allowed); what they share is its own. Besides,
+    `start` and `__call__` are to be written, and `readout`, with `head_channels`, where the classifier sees the state.
+    docs/aggregation.md has an example.
+
+    Attributes:
+        cells: what each block has for itself.
+        presets: arguments of the constructor, by name.
+        head_channels: what `readout` adds to the channels.
+        loops: whether the state keeps its shape within a stage, as the carry of a loop over its blocks has to.
     """
 
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"default": {}}
-    """Arguments of the constructor, by name."""
     cells: nnx.List
     head_channels: int = 0
-    """What `readout` adds to the channels."""
     loops: bool = True
-    """Whether the state keeps its shape within a stage, as the carry of a loop over its blocks has to."""
 
     def start(self, x: Float[Array, "b *axes c"], h: Any) -> Any:
-        """The state before the stage's first block: from its input and the last state of the stage before, or None."""
-        raise NotImplementedError
+        """Returns the state before the stage's first block, whose input is `x`.
+
+        `h` is the last state of the stage before, and None in the first stage.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define start.")
 
     def __call__(
         self,
@@ -62,11 +79,20 @@ class Aggregation(nnx.Module):
         rngs: nnx.Rngs | None = None,
         **arguments: Any,
     ) -> tuple[Float[Array, "b *axes2 d"], Any]:
-        """The block's output and the state after it; `cell` is the block's, the rest are arguments of the block.
+        """Returns what goes to the next block, and the state after this one.
 
-        Networks whose x is a sequence also give `size`, the height and width of the map that its positions are.
+        Args:
+            block: to be called as `block(x, drop_path, rngs=rngs, **arguments)`. That of a ResNet also has `residual`,
+                which takes another function for the first convolution of its branch.
+            cell: what the block has for itself.
+            x: the block's input.
+            h: the state before it.
+            drop_path: rate of the block's stochastic depth.
+            rngs: `dropout` stream, in training.
+            **arguments: those of the block; and from networks whose x is a sequence `size`, the height and width of the
+                map that its positions are, which is not for the block.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define __call__.")
 
     def readout(self, x: Float[Array, "b c"], h: Any) -> Float[Array, "b d"]:
         """What the classifier sees: the average (or token) x that it would see without a state, or more."""

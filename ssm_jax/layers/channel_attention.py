@@ -152,8 +152,10 @@ class CBAM(nnx.Module):
         self.channel = ChannelAttention(channels, reduction=reduction, **dtypes, rngs=rngs)
         self.spatial = SpatialAttention(kernel_size, **dtypes, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Scales the channels, then the positions."""
+    def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+        """Scales the channels, then the positions. Raises ValueError for what is not a map."""
+        if x.ndim != 4:
+            raise ValueError(f"CBAM needs maps (batch, height, width, channels), got shape {x.shape}.")
         return self.spatial(self.channel(x))
 
 

@@ -37,8 +37,8 @@ _CHOICES = {
 
 def _check(state_dim: int, drop_path: float, choices: Mapping[str, tuple[str, ...]], **chosen: str) -> None:
     """Raises ValueError for an impossible argument."""
-    if state_dim < 1:
-        raise ValueError(f"state_dim must be at least 1, got {state_dim}.")
+    if not isinstance(state_dim, int) or isinstance(state_dim, bool) or state_dim < 1:
+        raise ValueError(f"state_dim must be a whole number of at least 1, got {state_dim!r}.")
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path must be in [0, 1), got {drop_path}.")
     for argument, value in chosen.items():
@@ -200,7 +200,9 @@ class S6LAConv(Aggregation):
             fuse=fuse,
         )
         if not all(hasattr(block, "residual") for block in stage.blocks):
-            raise ValueError("S6LAConv is for the blocks of a ResNet; S6LAToken is for all that keep their map's size.")
+            raise ValueError(
+                "S6LAConv is for the blocks of a ResNet, which have a `residual`; S6LAToken is for all others."
+            )
         self.state_dim = state_dim
         self.discretization = discretization
         self.state_source = state_source
@@ -416,6 +418,8 @@ class S6LAToken(Aggregation):
         )
         if token == "class" and not stage.prefix:
             raise ValueError("token must be 'mean' in a network without a class token, got 'class'.")
+        if state_source == "branch_out" and any(hasattr(block, "residual") for block in stage.blocks):
+            raise ValueError("state_source must be 'block_out' in a ResNet, got 'branch_out'; S6LAConv has both.")
         self.state_dim, self.channels, self.prefix = state_dim, stage.channels, stage.prefix
         self.discretization = discretization
         self.state_source = state_source

@@ -46,10 +46,16 @@ def aggregated(
         ("preset", preset, method.presets),
         ("channel_attention", channel_attention, CHANNEL_ATTENTION),
     ]:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ValueError(f"{argument} must be one of {', '.join(known)}, got {value!r}.")
+    aggregation = {} if aggregation is None else aggregation
+    if not isinstance(aggregation, Mapping) or (aggregation and method is Aggregation):
+        takes = "a dict of arguments" if method is not Aggregation else "left out: nothing aggregates these layers"
+        raise ValueError(f"aggregation must be {takes}, got {aggregation!r}.")
+    if theirs := {"stage", "dtype", "param_dtype", "rngs"} & set(aggregation):
+        raise ValueError(f"aggregation must not have {', '.join(sorted(theirs))}: the network gives its own.")
     if method is not Aggregation:
-        network["aggregation"] = functools.partial(method, **{**method.presets[preset], **(aggregation or {})})
+        network["aggregation"] = functools.partial(method, **{**method.presets[preset], **aggregation})
     if channel_attention != "none":
         network["channel_attention"] = CHANNEL_ATTENTION[channel_attention]
     return backbone(num_classes, **network)

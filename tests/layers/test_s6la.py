@@ -543,7 +543,7 @@ def test_dynamics_are_parameters_of_their_own_kind():
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (conv_form, {"state_dim": 0}, "state_dim must be at least 1, got 0"),
+        (conv_form, {"state_dim": 0}, "state_dim must be a whole number of at least 1, got 0"),
         (conv_form, {"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
         (conv_form, {"discretization": "tustin"}, "discretization must be one of euler, zoh, got 'tustin'"),
         (conv_form, {"selective": "c"}, "selective must be one of both, delta, b, none, got 'c'"),
@@ -551,7 +551,7 @@ def test_dynamics_are_parameters_of_their_own_kind():
         (conv_form, {"share": "network"}, "share must be one of stage, block .stages are of different widths., got"),
         (conv_form, {"state_source": "x"}, "state_source must be one of block_out, branch_out, got 'x'"),
         (conv_form, {"fuse": "gate"}, "fuse must be one of concat, add, got 'gate'"),
-        (token_form, {"state_dim": 0}, "state_dim must be at least 1, got 0"),
+        (token_form, {"state_dim": True}, "state_dim must be a whole number of at least 1, got True"),
         (token_form, {"fuse": "concat"}, "fuse must be one of multiply, add, gate, got 'concat'"),
         (token_form, {"stage_state": "keep"}, "stage_state must be one of reset, project, got 'keep'"),
         (token_form, {"token": "all"}, "token must be one of class, mean, got 'all'"),
@@ -565,5 +565,11 @@ def test_impossible_arguments_are_rejected(make, options, message):
 
 
 def test_the_form_for_residual_networks_needs_their_blocks():
-    with pytest.raises(ValueError, match="S6LAConv is for the blocks of a ResNet; S6LAToken"):
+    with pytest.raises(ValueError, match="S6LAConv is for the blocks of a ResNet, which have a `residual`; S6LAToken"):
         S6LAConv(Stage([Increase(1.0)], D), rngs=nnx.Rngs(0))
+
+
+def test_the_form_for_transformers_cannot_see_the_branches_of_residual_blocks():
+    block = nnx.eval_shape(lambda: Bottleneck(8, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="state_source must be 'block_out' in a ResNet, got 'branch_out'"):
+        S6LAToken(Stage([block], 8), state_source="branch_out", rngs=nnx.Rngs(0))

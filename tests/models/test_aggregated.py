@@ -73,7 +73,8 @@ def test_attention_to_the_channels_of_tokens_is_that_of_a_map():
     [
         ({"preset": "small"}, "preset must be one of default, literal, rla_like, got 'small'"),
         ({"channel_attention": "sa"}, "channel_attention must be one of none, se, eca, cbam, got 'sa'"),
-        ({"aggregation": {"state_dim": 0}}, "state_dim must be at least 1, got 0"),
+        ({"aggregation": {"state_dim": 0}}, "state_dim must be a whole number of at least 1, got 0"),
+        ({"aggregation": {"dtype": "float64"}}, "aggregation must not have dtype: the network gives its own"),
         ({"aggregation": {"d_state": 4}}, "model 'resnet50_s6la': .*unexpected keyword argument 'd_state'"),
     ],
     ids=str,
@@ -81,6 +82,15 @@ def test_attention_to_the_channels_of_tokens_is_that_of_a_map():
 def test_impossible_arguments_are_rejected(options, message):
     with pytest.raises(ValueError, match=message):
         abstract("resnet50_s6la", **options)
+
+
+def test_what_cannot_be_used_is_rejected():
+    with pytest.raises(ValueError, match="aggregation must be left out: nothing aggregates these layers, got"):
+        abstract("resnet50_se", aggregation={"state_dim": 4})
+    with pytest.raises(ValueError, match=r"CBAM needs maps \(batch, height, width, channels\), got shape"):
+        jax.eval_shape(
+            lambda m, x: m(x), abstract("deit_tiny_s6la", channel_attention="cbam"), jnp.ones((1, 16, 16, 3))
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet50_s6la", "deit_tiny_s6la"])
