@@ -17,6 +17,8 @@ from experiments.experiment import build
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.loop import NonFiniteLossError
 
+pytestmark = pytest.mark.slow  # each run is one of experiments.train, which has tests of its own
+
 METHODS = (PLAIN, "s6la")
 NETWORK = {"img_size": 8, "patch_size": 4, "d_model": 8, "depth": 1, "num_heads": 2}
 ACCURACY = {(PLAIN, 0): 0.5, (PLAIN, 1): 0.7, ("s6la", 0): 0.6, ("s6la", 1): 0.65}
@@ -237,7 +239,6 @@ def test_an_impossible_shard_is_refused(text):
         parse_shard(text)
 
 
-@pytest.mark.slow
 def test_a_run_that_is_interrupted_and_started_again_gives_the_table_of_an_unbroken_one(sweep, tmp_path, monkeypatch):
     """Stopped at the second of its four checkpoints."""
     config = sweep(methods=("s6la",), seeds=(3,))
@@ -261,7 +262,6 @@ def test_a_run_that_is_interrupted_and_started_again_gives_the_table_of_an_unbro
     assert ours | {"step_ms": 0} == theirs | {"step_ms": 0}
 
 
-@pytest.mark.slow
 def test_the_command_ends_with_what_failed(command, tmp_path):
     """At a rate of 1e30 a network is infinite after a step."""
     fields = {"seeds": "(0,)", "data_dir": ""}

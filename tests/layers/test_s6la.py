@@ -452,6 +452,7 @@ def small(family, **options):
 FAMILIES = ["deit", "vit", "swin", "pvt_v2", "convnext"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_network_starts_as_its_backbone(family):
     make, aggregation, shape = small(family)
@@ -474,6 +475,7 @@ def test_a_network_starts_as_its_backbone(family):
     assert size(model) > size(plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_parameter_is_used_after_the_first_step(family):
     options = {"s6la": {"head_state": True, "stage_state": "project"}}
