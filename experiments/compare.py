@@ -205,10 +205,8 @@ def _rows(comparison: dict[str, Any]) -> list[list[str]]:
     """Under `COLUMNS`."""
     rows = []
     for method, known in comparison["methods"].items():
-        done, runs = (
-            len(known["test_accuracy"]),
-            sum(len(known[k]) for k in ("test_accuracy", "failed", "unfinished")),
-        )
+        done = len(known["test_accuracy"])
+        runs = done + len(known["failed"]) + len(known["unfinished"])
         accuracy = "" if known["mean"] is None else f"{100 * known['mean']:.2f}"
         if known["std"] is not None:
             accuracy += f" ± {100 * known['std']:.2f}"

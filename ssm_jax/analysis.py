@@ -17,7 +17,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.aggregation import Aggregation, halved
-from ssm_jax.layers.s6la import S6LAConv, S6LAToken
+from ssm_jax.layers.s6la import S6LAConv
+from ssm_jax.layers.s6la_token import S6LAToken
 from ssm_jax.layers.stack import Stack
 from ssm_jax.ops.scan import linear_recurrence
 

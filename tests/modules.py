@@ -36,3 +36,16 @@ def assert_close(actual, expected, tolerance=1e-5):
 def size(module):
     """The number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(module, nnx.Param)))
+
+
+def together(block, read, h):
+    """The first convolution of a residual block over [x, h], which is formed, with one kernel for both."""
+
+    def first(x):
+        kernel = jnp.concatenate([block.conv1.kernel[...], read.kernel[...]], axis=2)
+        pad, strides = (kernel.shape[0] // 2,) * 2, np.broadcast_to(block.conv1.strides, 2).tolist()
+        return jax.lax.conv_general_dilated(
+            jnp.concatenate([x, h], axis=-1), kernel, strides, (pad, pad), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    return first

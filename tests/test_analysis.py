@@ -10,7 +10,8 @@ from modules import assert_close, drawn, images
 from ssm_jax import analysis
 from ssm_jax.layers.mrla import MRLALight
 from ssm_jax.layers.rla import RLA
-from ssm_jax.layers.s6la import S6LAConv, S6LAToken
+from ssm_jax.layers.s6la import S6LAConv
+from ssm_jax.layers.s6la_token import S6LAToken
 from ssm_jax.models.isotropic import isotropic_conv2d
 from ssm_jax.models.resnet import ResNet, stem_3x3
 from ssm_jax.models.swin import SwinTransformer

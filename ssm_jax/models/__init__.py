@@ -10,7 +10,8 @@ from flax import nnx
 
 from ssm_jax.layers.mrla import MRLABase, MRLALight
 from ssm_jax.layers.rla import RLA
-from ssm_jax.layers.s6la import S6LAConv, S6LAToken
+from ssm_jax.layers.s6la import S6LAConv
+from ssm_jax.layers.s6la_token import S6LAToken
 from ssm_jax.models.aggregated import aggregated
 from ssm_jax.models.convnext import ConvNeXt as ConvNeXt
 from ssm_jax.models.convnext import convnext_3d_s4nd, convnext_s3d, convnext_s4nd

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modules import assert_close, drawn, images, size
+from modules import assert_close, drawn, images, size, together
 
 import ssm_jax
 from ssm_jax.layers.aggregation import Stage
@@ -76,9 +76,7 @@ def test_the_state_is_normalised_bounded_and_convolved_after_every_block():
     x, h = jnp.abs(normal(2, 3, 5, 8)), normal(2, 3, 5, 4, seed=1)
     expected = np.asarray(h, float)
     for block, cell in zip(blocks, module.cells, strict=True):
-        kernel = np.concatenate([block.conv1.kernel[...], cell.read.kernel[...]], axis=2)
-        z = np.concatenate([x, h], axis=-1)
-        _, branch = block.residual(x, first=lambda x, z=z, kernel=kernel: jnp.asarray(z @ kernel[0, 0]))
+        _, branch = block.residual(x, first=together(block, cell.read, h))
         summed = expected + convolved(module.out.kernel, np.asarray(branch, float))
         expected = convolved(module.recurrent.kernel, np.tanh(batch_norm(cell.norm, summed)))
         x, h = module(block, cell, x, h, 0.0)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from modules import assert_close, drawn, images, size, split
+from modules import assert_close, drawn, images, size, split, together
 
 import ssm_jax
-from ssm_jax.layers.aggregation import Stage
-from ssm_jax.layers.s6la import S6LAConv, S6LAToken, halved, normalised
+from ssm_jax.layers.aggregation import Stage, halved
+from ssm_jax.layers.s6la import S6LAConv
+from ssm_jax.layers.s6la_token import S6LAToken, normalize
 from ssm_jax.layers.ssm_kernel import SSMParam
 from ssm_jax.models.convnext import ConvNeXt
 from ssm_jax.models.pvt_v2 import PVTv2
@@ -101,29 +102,9 @@ def test_projections_are_normalised_by_every_block_for_itself():
 def test_the_branch_begins_with_a_convolution_of_map_and_state_together():
     module, (block,) = conv_form()
     x, h = jnp.abs(normal(2, 4, 4, 24)), normal(2, 4, 4, 4, seed=1)
-
-    kernel = jnp.concatenate([block.conv1.kernel[...], module.cells[0].read.kernel[...]], axis=2)
-    expected, _ = block.residual(x, first=lambda x: jnp.concatenate([x, h], axis=-1) @ kernel[0, 0])
+    expected, _ = block.residual(x, first=together(block, module.cells[0].read, h))
     ours, _ = module(block, module.cells[0], x, h, 0.0)
     assert_close(ours, expected)
-
-
-def test_strided_3x3_convolutions_read_the_state_too():
-    block = drawn(lambda: BasicBlock(8, 6, stride=2, rngs=nnx.Rngs(0)))
-    module = drawn(lambda: S6LAConv(Stage([block], 6), state_dim=4, rngs=nnx.Rngs(0)), seed=1)
-    x, h = jnp.abs(normal(2, 6, 4, 8)), normal(2, 6, 4, 4, seed=1)
-    kernel = jnp.concatenate([block.conv1.kernel[...], module.cells[0].read.kernel[...]], axis=2)
-
-    def convolve(x):
-        xh = jnp.concatenate([x, h], axis=-1)
-        return jax.lax.conv_general_dilated(
-            xh, kernel, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-
-    expected, _ = block.residual(x, first=convolve)
-    y, state = module(block, module.cells[0], x, h, 0.0)
-    assert_close(y, expected)
-    assert state.shape == (2, 3, 2, 4)
 
 
 def test_add_reads_what_the_state_is_mapped_to():
@@ -167,15 +148,6 @@ def test_states_of_a_stage_are_one_associative_scan_over_its_layers():
         coefficients.append(shared.coefficients(cell, x))
     a, b = (jnp.stack(part) for part in zip(*coefficients, strict=True))
     assert_close(linear_recurrence(a, b, axis=0, h0=start), np.stack(online))
-
-
-def test_states_are_averaged_where_maps_halve():
-    h = normal(1, 4, 6, 3)
-    expected = np.asarray(h).reshape(1, 2, 2, 3, 2, 3).mean((2, 4))
-    np.testing.assert_allclose(halved(h, (2, 3)), expected, rtol=1e-6)
-    assert halved(h, (4, 6)) is h
-    odd = halved(normal(1, 5, 3, 2), (3, 2))
-    np.testing.assert_allclose(odd[0, 2, 1], normal(1, 5, 3, 2)[0, 4, 2], rtol=1e-6)  # a corner of one position
 
 
 def test_maps_states_go_on_from_stage_to_stage():
@@ -399,10 +371,10 @@ def test_training_of_a_can_be_switched_off():
         assert not np.any(grads["A_log"][...])
 
 
-def test_normalised_is_layer_normalisation():
+def test_normalize_is_layer_normalisation():
     x = normal(4, 9) * 3 + 2
-    assert_close(normalised(x), layer_norm(np.asarray(x)))
-    assert normalised(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    assert_close(normalize(x), layer_norm(np.asarray(x)))
+    assert normalize(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 @pytest.mark.slow
