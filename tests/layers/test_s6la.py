@@ -266,6 +266,12 @@ def test_positions_read_what_the_selecting_tokens_left(prefix):
         assert_close(ours, x)
 
 
+def test_the_mean_is_that_of_positions_without_the_class_token():
+    module, _ = token_form(prefix=2, token="mean")
+    x = normal(3, TOKENS, D)
+    assert_close(module.select(x), layer_norm(np.asarray(x)[:, 2:].mean(1)))
+
+
 def test_maps_are_sequences_of_positions():
     module, _ = token_form(prefix=0)
     x = normal(2, 3, 4, 2, D)
@@ -375,6 +381,8 @@ def test_normalize_is_layer_normalisation():
     x = normal(4, 9) * 3 + 2
     assert_close(normalize(x), layer_norm(np.asarray(x)))
     assert normalize(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    far = x + 3000  # where squares have no digits left for the variance
+    np.testing.assert_allclose(normalize(far), layer_norm(np.asarray(far, float)), atol=2e-3)
 
 
 @pytest.mark.slow
@@ -501,6 +509,7 @@ def test_half_precision_keeps_the_state_in_float32():
     x = normal(2, 3, 3, 24).astype(half)
     y, h = module(block, module.cells[0], x, module.start(x, None), 0.0)
     assert (y.dtype, h.dtype) == (half, jnp.float32)
+    assert module.cells[0].norm(x[..., :12]).dtype == jnp.float32
     module, _ = token_form(dtype=half)
     x = normal(2, TOKENS, D).astype(half)
     y, h = module(lambda x, drop_path, rngs=None: x, module.cells[0], x, module.start(x, None), 0.0)
