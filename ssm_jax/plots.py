@@ -199,24 +199,36 @@ def spectra(
     return figure
 
 
+def image_sheet(
+    images: np.ndarray, texts: Sequence[str], *, title: str = "", columns: int = 8, inches: float = 1.25
+) -> Figure:
+    """A sheet of images (n, H, W, 1 or 3) uint8 under their texts."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(inches * columns, (inches + 0.35) * rows + 0.3), layout="constrained")
+    sheet = figure.subplots(rows, columns, squeeze=False)
+    for axes in sheet.flat:
+        axes.set_axis_off()
+    for axes, image, text in zip(sheet.flat, images, texts, strict=False):
+        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(textwrap.fill(text, int(13 * inches), break_long_words=False), fontsize=8, color=_BLACK)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def prediction_sheet(
     images: np.ndarray, labels: np.ndarray, predictions: np.ndarray, class_names: Sequence[str], *, title: str = ""
 ) -> Figure:
     """A sheet of images (n, H, W, 1 or 3) uint8 under their predicted class; wrong ones in orange with the true one."""
-    columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(1.25 * columns, 1.6 * rows + 0.3), layout="constrained")
-    sheet = figure.subplots(rows, columns, squeeze=False)
-    for axes in sheet.flat:
-        axes.set_axis_off()
-    for axes, image, label, prediction in zip(sheet.flat, images, labels, predictions, strict=False):
-        axes.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=255)
-        right = label == prediction
-        name = str(class_names[prediction])
-        text = name if right else f"{name} (is {class_names[label]})"
-        text = textwrap.fill(text, 16, break_long_words=False)  # of what fits above an image
-        axes.set_title(text, fontsize=8, color="black" if right else _ORANGE, fontweight="normal" if right else "bold")
-    figure.suptitle(title, fontsize=10)
+    wrong = labels != predictions
+    names = [str(class_names[prediction]) for prediction in predictions]
+    texts = [
+        f"{name} (is {class_names[label]})" if bad else name
+        for name, label, bad in zip(names, labels, wrong, strict=True)
+    ]
+    figure = image_sheet(images, texts, title=title)
+    for axes in [axes for axes, bad in zip(figure.axes, wrong, strict=False) if bad]:
+        axes.title.set(color=_ORANGE, fontweight="bold")
     return figure
 
 

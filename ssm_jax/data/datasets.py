@@ -1,33 +1,56 @@
-"""Image classification datasets as random-access sources."""
+"""Image and video datasets as random-access sources of encoded examples, by name."""
 
 import dataclasses
 import difflib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
-import grain
 import numpy as np
-from etils import epath
 
-Source = Sequence[Mapping[str, Any]] | grain.sources.RandomAccessDataSource
-"""Random access to examples: dicts with `image` (H, W, C) uint8 and `label`."""
+from ssm_jax.data.prepared import PreparedSplit, prepared_splits
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the channels of ImageNet's training images, as torchvision and timm have them."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to examples, from several threads, and picklable.
+
+    Nothing is decoded here: an example is a dict with `image`, encoded bytes or (H, W, C) uint8, `label`, an int or
+    (num_classes,) zeros and ones, and whatever else the dataset has.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
+
+    def name(self, index: int, /) -> str:
+        """The example's file, or what it is the n-th of, for messages."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Images of one size with one label each, in splits `train`, `val` and `test`.
+    """Images or videos with labels, in splits `train`, `val` and `test`.
 
     `mean` and `std` are those of the training images' channels, in units of the full range 0 .. 255 -> 0 .. 1.
     """
 
     splits: Mapping[str, Source]
     resolution: int
+    """Base resolution of the model's input; the files may have any."""
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     title: str
     """What the images are, for tables."""
+    multi_label: bool = False
+    """Whether an example has any number of classes, in place of one."""
+    frames: int | None = None
+    """Of a clip, for videos."""
 
     @property
     def num_classes(self) -> int:
@@ -38,6 +61,25 @@ class Dataset:
     def channels(self) -> int:
         """Channels of an image."""
         return len(self.mean)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Arrays:
+    """Examples that are in memory: `images` (n, H, W, C) uint8 and `labels` (n,)."""
+
+    title: str
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def name(self, index: int) -> str:
+        """Of one example, for messages."""
+        return f"example {index} of {self.title}"
 
 
 def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
@@ -57,7 +99,7 @@ def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
     train, val = train_test_split(rest, test_size=0.125, random_state=0, stratify=labels[rest])
     return Dataset(
         splits={
-            name: [{"image": images[i], "label": labels[i]} for i in part]
+            name: Arrays(f"digits {name}", images[part], labels[part])
             for name, part in [("train", train), ("val", val), ("test", test)]
         },
         resolution=8,
@@ -69,85 +111,110 @@ def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
 
 
 def cifar10(dir: str | None = None, image_size: int | None = None) -> Dataset:
-    """CIFAR-10. Where its images are JPEG files, they are copies of the originals, and the title says so."""
+    """CIFAR-10; the last tenth of train is val. Where its images are JPEG files they are copies: the title says so."""
     _one_size("cifar10", 32, image_size)
-    dataset, encoding = _prepared(
-        "cifar10", dir, resolution=32, test="test", mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.243, 0.261)
+    splits, features = prepared_splits("cifar10", dir, _last_tenth(test="test"))
+    return Dataset(
+        splits=splits,
+        resolution=32,
+        class_names=tuple(features["label"].names),
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.247, 0.243, 0.261),
+        title="CIFAR-10, JPEG copy" if features["image"].encoding_format == "jpeg" else "CIFAR-10",
     )
-    title = "CIFAR-10, JPEG copy" if encoding == "jpeg" else "CIFAR-10"
-    return dataclasses.replace(dataset, title=title)
+
+
+def cifar100(dir: str | None = None, image_size: int | None = None) -> Dataset:
+    """CIFAR-100, with its 100 fine classes; the last tenth of train is val.
+
+    Mean and standard deviation are the values in common use, of all 50,000 training images.
+    """
+    _one_size("cifar100", 32, image_size)
+    splits, features = prepared_splits("cifar100", dir, _last_tenth(test="test"))
+    return Dataset(
+        splits=splits,
+        resolution=32,
+        class_names=tuple(features["label"].names),
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        title="CIFAR-100",
+    )
 
 
 def tiny_imagenet20(dir: str | None = None, image_size: int | None = None) -> Dataset:
-    """20 of the 200 classes of Tiny ImageNet, 64 x 64; its validation images are the test images."""
+    """20 of the 200 classes of Tiny ImageNet, 64 x 64; the last tenth of train is val, its validation images test."""
     _one_size("tiny_imagenet20", 64, image_size)
-    dataset, _ = _prepared(
-        "tiny_imagenet20", dir, resolution=64, test="validation", mean=(0.487, 0.442, 0.385), std=(0.282, 0.276, 0.286)
+    splits, features = prepared_splits("tiny_imagenet20", dir, _last_tenth(test="validation"))
+    return Dataset(
+        splits=splits,
+        resolution=64,
+        class_names=tuple(features["label"].names),
+        mean=(0.487, 0.442, 0.385),
+        std=(0.282, 0.276, 0.286),
+        title="tiny_imagenet20",
     )
-    return dataset
 
 
-@dataclasses.dataclass(frozen=True)
-class ImageFiles:
-    """Image files with a label each; the largest square in the middle of an image is resized to `size`."""
+def imagenet2012(dir: str | None = None, image_size: int | None = None) -> Dataset:
+    """ILSVRC 2012; its 50,000 validation images are val and test, as everywhere: the test images' labels are secret.
 
-    files: Sequence[tuple[str, int]]
-    size: int
+    Class names are WordNet ids. `image_size` is 224 by default.
+    """
+    resolution = model_resolution(image_size, 224)
+    splits, features = prepared_splits("imagenet2012", dir, {"train": "train", "val": "validation"})
+    return Dataset(
+        splits={**splits, "test": splits["val"]},
+        resolution=resolution,
+        class_names=tuple(features["label"].names),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        title="ImageNet",
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attributes:
+    """Examples whose label is which of their attributes are true: (names,) uint8."""
+
+    examples: PreparedSplit
+    names: tuple[str, ...]
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one, to RGB. Raises ValueError, naming the file, if that is not an image."""
-        from PIL import Image, ImageOps
+        example = self.examples[index]
+        return {**example, "label": np.array([example["attributes"][name] for name in self.names], np.uint8)}
 
-        path, label = self.files[index]
-        try:
-            with epath.Path(path).open("rb") as file, Image.open(file) as image:
-                image = ImageOps.fit(image.convert("RGB"), (self.size, self.size), Image.Resampling.BICUBIC)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
-        return {"image": np.asarray(image), "label": label}
+    def name(self, index: int) -> str:
+        """Of one example, for messages."""
+        return self.examples.name(index)
 
 
-def image_folder(dir: str | None = None, image_size: int | None = None) -> Dataset:
-    """A folder as ImageNet's: train/CLASS/*.JPEG and val/CLASS/*.JPEG (or .jpg, .png); the test images are val's too.
+def celeb_a(dir: str | None = None, image_size: int | None = None) -> Dataset:
+    """CelebA, faces aligned and cropped to 178 x 218, with 40 attributes: multi-label.
 
-    `image_size` is their resolution after resizing and cutting.
+    `image_size` is 160 by default. Mean and standard deviation are ImageNet's, not these images' own.
     """
-    if image_size is None or image_size < 1:
-        raise ValueError(f"image_size must be the resolution of the images, at least 1, got {image_size}.")
-    root = epath.Path(dir or "~/imagenet").expanduser()
-    folders = {split: root / split for split in ("train", "val")}
-    if absent := [str(folder) for folder in folders.values() if not folder.is_dir()]:
-        raise ValueError(
-            f"dir must hold train/CLASS/*.JPEG and val/CLASS/*.JPEG, got {root}: no {' and no '.join(absent)}."
-        )
-    classes = sorted(folder.name for folder in folders["train"].iterdir() if folder.is_dir())
-    if unknown := sorted({folder.name for folder in folders["val"].iterdir() if folder.is_dir()} - set(classes)):
-        raise ValueError(f"dir has classes in {folders['val']} that train has not: {', '.join(unknown[:5])}.")
-
-    def source(split: str) -> ImageFiles:
-        files = [
-            (str(path), label)
-            for label, name in enumerate(classes)
-            if (folders[split] / name).is_dir()
-            for path in sorted((folders[split] / name).iterdir())
-            if path.suffix.lower() in (".jpeg", ".jpg", ".png")
-        ]
-        if not files:
-            raise ValueError(f"dir has no .JPEG, .jpg or .png files in {folders[split]}/CLASS.")
-        return ImageFiles(files, image_size)
-
-    val = source("val")
+    resolution = model_resolution(image_size, 160)
+    splits, features = prepared_splits("celeb_a", dir, {"train": "train", "val": "validation", "test": "test"})
+    names = tuple(sorted(features["attributes"]))  # the authors' order; the feature file, a hash map, has none
     return Dataset(
-        splits={"train": source("train"), "val": val, "test": val},
-        resolution=image_size,
-        class_names=tuple(classes),
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
-        title=root.name,
+        splits={split: Attributes(examples, names) for split, examples in splits.items()},
+        resolution=resolution,
+        class_names=names,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        title="CelebA",
+        multi_label=True,
     )
+
+
+def model_resolution(image_size: int | None, default: int) -> int:
+    """`image_size`, or `default` for None. Raises ValueError if it is less than 1."""
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be the resolution of the model's input, at least 1, got {image_size}.")
+    return image_size or default
 
 
 def _one_size(name: str, resolution: int, image_size: int | None) -> None:
@@ -155,72 +222,44 @@ def _one_size(name: str, resolution: int, image_size: int | None) -> None:
         raise ValueError(f"image_size must be {resolution} or not be given for {name}, got {image_size}.")
 
 
-def _prepared(
-    name: str, dir: str | None, *, resolution: int, test: str, mean: tuple[float, ...], std: tuple[float, ...]
-) -> tuple[Dataset, str]:
-    """A dataset that TensorFlow Datasets has prepared in array_record form, and how its images are encoded.
-
-    The last tenth of train is val, and `test` the split with the test images.
-    """
-    folder = _folder(name, dir)
-    splits = {"train": "train[:90%]", "val": "train[90%:]", "test": test}
-    import tensorflow_datasets as tfds
-
-    sources: Any = tfds.data_source(
-        name, split=list(splits.values()), data_dir=str(folder.parent.parent), download=False
-    )
-    dataset = Dataset(
-        splits=dict(zip(splits, sources, strict=True)),
-        resolution=resolution,
-        class_names=tuple(sources[0].dataset_info.features["label"].names),
-        mean=mean,
-        std=std,
-        title=name,
-    )
-    features = json.loads((folder / "features.json").read_text())["featuresDict"]["features"]
-    return dataset, features["image"]["image"].get("encodingFormat", "png")
+def _last_tenth(test: str) -> dict[str, str]:
+    return {"train": "train[:90%]", "val": "train[90%:]", "test": test}
 
 
-def _folder(name: str, dir: str | None) -> epath.Path:
-    """The folder of a prepared dataset's newest version, after checking for the mistakes that tfds explains badly."""
-    folder = epath.Path(dir or "~/tensorflow_datasets").expanduser() / name
-    versions = sorted(folder.glob("*/dataset_info.json")) if folder.exists() else []
-    if not versions:
-        raise ValueError(
-            f"dir holds no prepared {name}: looked for {folder}/VERSION/dataset_info.json. Set it to the folder that "
-            f"has {name}/ in it: the data_dir of tfds.builder({name!r}, data_dir=..., file_format='array_record')."
-        )
-    file_format = json.loads(versions[-1].read_text()).get("fileFormat", "tfrecord")
-    if file_format != "array_record":
-        raise ValueError(
-            f"dir holds {name} as {file_format}, which has no random access: {versions[-1].parent}. "
-            "Prepare it with file_format='array_record'."
-        )
-    return versions[-1].parent
-
-
-_DATASETS: dict[str, Callable[..., Dataset]] = {
-    "cifar10": cifar10,
-    "digits": digits,
-    "image_folder": image_folder,
-    "tiny_imagenet20": tiny_imagenet20,
+# Names to modules, whose functions of those names make the datasets.
+_DATASETS = {
+    "celeb_a": "datasets",
+    "cifar10": "datasets",
+    "cifar100": "datasets",
+    "coco": "coco",
+    "digits": "datasets",
+    "hmdb51": "hmdb51",
+    "image_folder": "image_folder",
+    "imagenet2012": "datasets",
+    "tiny_imagenet20": "datasets",
 }
 
 
-def load_dataset(name: str, dir: str | None = None, *, image_size: int | None = None) -> Dataset:
+def load_dataset(name: str, dir: str | None = None, *, image_size: int | None = None, **options: Any) -> Dataset:
     """Opens a dataset by name.
 
     Args:
-        name: `cifar10`, `digits`, `image_folder` or `tiny_imagenet20`.
-        dir: where it is: for prepared ones, of TensorFlow Datasets, by default `~/tensorflow_datasets`; for an image
-            folder, `~/imagenet`.
-        image_size: resolution of an image folder, whose files may have any.
+        name: `celeb_a`, `cifar10`, `cifar100`, `coco`, `digits`, `hmdb51`, `image_folder`, `imagenet2012` or
+            `tiny_imagenet20`.
+        dir: where it is: for those that TensorFlow Datasets has prepared, its data_dir, by default
+            `~/tensorflow_datasets`; for others their folder, by default `~/imagenet` and so on.
+        image_size: base resolution of the model's input, for images that have no one small size.
+        options: keyword arguments that only some have: of `hmdb51`, `fold`, `frames` and `seconds`.
 
     Raises:
-        ValueError: if there is none of that name or its files are missing.
+        ValueError: if there is none of that name, it has no such option or its files are missing.
     """
     if name not in _DATASETS:
         near = difflib.get_close_matches(name, _DATASETS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name must be one of {', '.join(_DATASETS)}, got {name!r}.{hint}")
-    return _DATASETS[name](dir, image_size)
+    dataset: Callable[..., Dataset] = getattr(importlib.import_module(f"ssm_jax.data.{_DATASETS[name]}"), name)
+    known = [p.name for p in inspect.signature(dataset).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(options.keys() - {*known}):
+        raise ValueError(f"options of {name} are {', '.join(known) or 'none'}, got {', '.join(unknown)}.")
+    return dataset(dir, image_size, **options)

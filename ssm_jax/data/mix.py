@@ -139,7 +139,7 @@ def draw_erased(
 ) -> Box:
     """The boxes of `random_erasing` for `n` images: the first of ten tries that is smaller than the image."""
     # As one array of two axes: XLA takes several times as long to compile draws of three.
-    u = jax.random.uniform(key, (3 + 2 * _TRIES, n))
+    u = jax.random.uniform(key, (3 + 2 * _TRIES, n), jnp.float32)
     (chance, y, x), area_u, aspect_u = jnp.split(u, [3, 3 + _TRIES])
     areas = (area[0] + (area[1] - area[0]) * area_u) * (height * width)
     low, high = map(math.log, aspect)
@@ -168,7 +168,7 @@ def draw_mixed(
 
     It is 1 in CutMix's box, 1 - lam in the whole image for mixup, and 0 in groups that are not mixed.
     """
-    chance, method, u, v, y, x = jax.random.uniform(key, (6, n))
+    chance, method, u, v, y, x = jax.random.uniform(key, (6, n), jnp.float32)
     cut = method < switch
     lam = _symmetric_beta(u, v, jnp.where(cut, cutmix, mixup))
 
@@ -190,7 +190,7 @@ def blend(
     """Mixes each row with the mirrored one of its group, one of n, with `weight` inside the group's box."""
     height, width = images.shape[-3:-1]
     in_pixels = jnp.where(box.mask(height, width), weight[:, None, None], 0)
-    in_targets = weight * (box.area() / (height * width))
+    in_targets = weight * box.area().astype(weight.dtype) / (height * width)
     return (
         _with_mirrored(images, _spread(in_pixels, images.ndim + 1)),
         _with_mirrored(targets, in_targets[:, None, None]),

@@ -1,48 +1,178 @@
-"""From a source to batches: shuffled and augmented for training, in order and padded for evaluation."""
+"""From a source to batches: shuffled and augmented for training, in order and padded for evaluation.
 
-from collections.abc import Iterator, Mapping
+An example that is read is a function of the source, the seed and the number of its row since the start of training, and
+of nothing else: not of threads, worker processes, hosts or where a run was interrupted.
+"""
+
+import concurrent.futures
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import jax
 import numpy as np
+from absl import flags, logging
 
-from ssm_jax.data.augment import Augment
 from ssm_jax.data.datasets import Source
+from ssm_jax.data.decode import BrokenExampleError
 
-# One thread reads ahead. For images this small more of them only contend for the interpreter lock: CIFAR-10 comes at
-# 5,200 images/s with 1 thread, 1,800 with 4 (4-core CPU).
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)
+_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # batches
+_TRIES = 100
 
 
-def train_batches(source: Source, *, batch_size: int, augment: Augment, seed: int) -> grain.DatasetIterator:
-    """Endless batches {"image": (b, H, W, C) uint8, "label": (b,) int32} of this process's rows.
+class BrokenDataError(RuntimeError):
+    """Too many examples cannot be read."""
 
-    Every epoch has its own order, and every example of every epoch its own augmentation, both functions of `seed`
-    and of nothing else. `batch_size` counts the rows of all processes. The iterator's `get_state()` is the number of
-    batches taken, as JSON; `set_state` goes there directly.
+
+def train_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    transform: Callable[[Any, np.random.Generator], dict[str, Any]],
+    seed: int,
+    start: int = 0,
+    repeats: int = 1,
+    threads: int = 1,
+    workers: int = 0,
+    max_broken: float = 0.01,
+) -> "Batches":
+    """Endless batches {"image": (b, ...) uint8, "label": (b,) or (b, classes)} of this process's rows.
+
+    Every epoch has its own order, and every example of every epoch its own augmentation.
+
+    Args:
+        source: the examples.
+        batch_size: rows of a batch over all processes.
+        transform: decodes and augments an example, with all randomness from the generator.
+        seed: of order and augmentation.
+        start: number of the first batch: that of the training step, when a run goes on.
+        repeats: times that an example is in an epoch, one after the other, each time augmented anew; an epoch has as
+            many rows as before, and so only 1 / repeats of the examples (repeated augmentation, arXiv:1901.09335, as in
+            DeiT).
+        threads: in which this process reads, if there are no `workers`. More than one pays for large images only: of
+            small ones they spend their time waiting for the interpreter's lock.
+        workers: processes that read.
+        max_broken: share of the examples that may be unreadable; others take their places, chosen by the row's
+            generator.
     """
-    rows = grain.MapDataset.source(source).seed(seed).shuffle().repeat().map(_image_and_label).random_map(augment)
-    return iter(_batched(rows, batch_size))
+    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
+    read = _TrainRow(source, transform, seed, order, repeats)
+    return Batches(_batched(read, batch_size, range(start, sys.maxsize), threads, workers), source, max_broken)
 
 
-def eval_batches(source: Source, *, batch_size: int) -> Iterator[dict[str, Any]]:
-    """All examples once, in order, with `mask` (b,) bool: False for rows that fill up the last batch."""
-    padded = -len(source) % batch_size
+def eval_batches(
+    source: Source,
+    *,
+    batch_size: int,
+    transform: Callable[[Any], dict[str, Any]],
+    threads: int = 1,
+    workers: int = 0,
+    max_broken: float = 0.01,
+) -> "Batches":
+    """All examples once, in order, with `mask` (b,) bool: False for unreadable ones, and rows that fill up a batch.
 
-    def with_mask(index: int, example: Mapping[str, Any]) -> dict[str, Any]:
-        return {**example, "mask": np.bool_(index < len(source))}
-
-    rows = grain.MapDataset.source(source).map(_image_and_label)
-    rows = rows.repeat(1 + -(-padded // len(source)))[: len(source) + padded].map_with_index(with_mask)
-    return iter(_batched(rows, batch_size))
+    The arguments are those of `train_batches`.
+    """
+    numbers = range(-(-len(source) // batch_size))
+    return Batches(_batched(_EvalRow(source, transform), batch_size, numbers, threads, workers), source, max_broken)
 
 
-def _image_and_label(example: Mapping[str, Any]) -> dict[str, Any]:
-    return {"image": example["image"], "label": np.int32(example["label"])}
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """An iterator over batches that names what cannot be read, once, and raises BrokenDataError when it is too much."""
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]], source: Source, max_broken: float):
+        """`batches` have the numbers of broken examples in `broken`."""
+        self._batches, self._source, self._max_broken = batches, source, max_broken
+        self.broken: set[int] = set()
+        """Numbers of the examples that could not be read so far, by this process."""
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = dict(next(self._batches))
+        found = batch.pop("broken")
+        for index in sorted({*found[found >= 0].tolist()} - self.broken):
+            self.broken.add(index)
+            logging.warning("%s cannot be read and is left out.", self._source.name(index))
+        if len(self.broken) > self._max_broken * len(self._source):
+            raise BrokenDataError(
+                f"{len(self.broken)} of {len(self._source)} examples cannot be read, more than "
+                f"config.data.max_broken={self._max_broken} of them; one is {self._source.name(min(self.broken))}."
+            )
+        return batch
 
 
-def _batched(rows: grain.MapDataset, batch_size: int) -> grain.IterDataset:
-    # Whole parts are dealt out, so that the rows of all processes, one after the other, are in the order of `rows`.
-    parts = rows.batch(batch_size // jax.process_count(), drop_remainder=True)
-    return parts.slice(slice(jax.process_index(), None, jax.process_count())).to_iter_dataset(_READ_AHEAD)
+# Instances, and no closures, because worker processes get them pickled.
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainRow:
+    source: Source
+    transform: Callable[[Any, np.random.Generator], dict[str, Any]]
+    seed: int
+    order: grain.MapDataset
+    repeats: int
+
+    def __call__(self, row: int) -> dict[str, Any]:
+        count = len(self.source)
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, row]))
+        epoch, place = divmod(row, count)
+        index: Any = self.order[epoch * count + place // self.repeats]
+        return _read(lambda i: self.transform(self.source[i], rng), index, lambda _: int(rng.integers(count)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvalRow:
+    source: Source
+    transform: Callable[[Any], dict[str, Any]]
+
+    def __call__(self, row: int) -> dict[str, Any]:
+        count = len(self.source)
+        example = _read(lambda i: self.transform(self.source[i]), row % count, lambda i: (i + 1) % count)
+        return {**example, "mask": np.bool_(row < count and example["broken"] < 0)}
+
+
+def _read(read: Callable[[int], dict[str, Any]], index: int, another: Callable[[int], int]) -> dict[str, Any]:
+    """The example `index`, or where it is broken, the first of others that is not; `broken` tells which one was."""
+    broken = -1
+    for _ in range(_TRIES):
+        try:
+            return {**read(index), "broken": np.int64(broken)}
+        except BrokenExampleError:
+            broken = index if broken < 0 else broken
+            index = another(index)
+    raise BrokenDataError(f"{_TRIES} examples one after the other cannot be read.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    read: Callable[[int], dict[str, Any]]
+    batch_size: int
+    first: int
+    rows: int
+    threads: int
+
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        start = number * self.batch_size + self.first
+        own = range(start, start + self.rows)
+        if self.threads == 1:
+            examples = [*map(self.read, own)]
+        else:
+            with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
+                examples = [*pool.map(self.read, own)]
+        return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
+
+
+def _batched(
+    read: Callable[[int], dict[str, Any]], batch_size: int, numbers: range, threads: int, workers: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Rows of the batches `numbers` that belong to this process, read ahead."""
+    # Whole parts are dealt out, so that the rows of all processes, one after the other, are in order.
+    rows = batch_size // jax.process_count()
+    batch = _Batch(read, batch_size, jax.process_index() * rows, rows, 1 if workers else threads)
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch).to_iter_dataset(_READ_AHEAD)
+    if workers:
+        if not flags.FLAGS.is_parsed():  # in a notebook; grain hands the flags to its processes
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+    return iter(batches)

@@ -1,25 +1,45 @@
 import itertools
-import json
+import logging
 
 import jax
 import numpy as np
 import pytest
 
-from ssm_jax.data.augment import Augment
-from ssm_jax.data.pipeline import eval_batches, train_batches
+from ssm_jax.data.augment import Augment, CenterCrop
+from ssm_jax.data.pipeline import BrokenDataError, eval_batches, train_batches
 
 COUNT = 23
-SOURCE = [
-    {"image": np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8), "label": np.int64(i), "id": str(i)}
-    for i in range(COUNT)
-]
-"""Images that differ, and labels that tell them apart."""
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4, 3), np.uint8)
+"""Images that differ."""
 
+
+class Images:
+    """A source of images, with labels that tell them apart; those with the labels `broken` cannot be decoded."""
+
+    def __init__(self, broken=()):
+        self.broken = broken
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        image = b"no image" if index in self.broken else IMAGES[index]
+        return {"image": image, "label": np.int64(index), "id": str(index)}
+
+    def name(self, index):
+        return f"image {index}"
+
+
+SOURCE = Images()
 AUGMENT = Augment(crop_padding=1, flip=True)
 
 
-def training(batch_size=5, augment=AUGMENT, seed=0):
-    return train_batches(SOURCE, batch_size=batch_size, augment=augment, seed=seed)
+def training(batch_size=5, augment=AUGMENT, seed=0, source=SOURCE, **options):
+    return train_batches(source, batch_size=batch_size, transform=augment, seed=seed, **options)
+
+
+def evaluation(batch_size=5, source=SOURCE, **options):
+    return eval_batches(source, batch_size=batch_size, transform=CenterCrop(size=4), **options)
 
 
 def take(batches, count):
@@ -78,7 +98,7 @@ def test_every_epoch_has_its_own_augmentation():
 def test_without_augmentation_images_are_the_sources():
     (batch,) = take(training(batch_size=COUNT, augment=Augment()), 1)
     for image, label in zip(batch["image"], batch["label"], strict=True):
-        np.testing.assert_array_equal(image, SOURCE[label]["image"])
+        np.testing.assert_array_equal(image, IMAGES[label])
 
 
 def test_the_same_seed_gives_the_same_batches():
@@ -95,30 +115,29 @@ def test_another_seed_gives_another_augmentation():
     assert any((one[label] != other[label]).any() for label in one)
 
 
-@pytest.mark.parametrize("taken", [0, 1, 4, 17])
-def test_a_restored_position_gives_the_very_same_batches(taken):
-    batches = training()
-    take(batches, taken)
-    position = json.loads(json.dumps(batches.get_state()))
-    expected = take(batches, 9)
-    resumed = training()
-    resumed.set_state(position)
-    assert_equal_batches(take(resumed, 9), expected)
+@pytest.mark.parametrize("start", [0, 1, 4, 17])
+def test_batches_are_a_function_of_their_number(start):
+    """So that a run goes on from the step of its checkpoint."""
+    assert_equal_batches(take(training(start=start), 9), take(training(), start + 9)[start:])
 
 
-def test_the_position_is_the_number_of_batches_taken_not_read_ahead():
-    batches = training()
-    take(batches, 7)
-    assert 7 in batches.get_state().values()
+@pytest.mark.parametrize("options", [{"threads": 3}, {"workers": 2}])
+def test_threads_and_workers_change_nothing(options):
+    assert_equal_batches(take(training(start=3, **options), 5), take(training(start=3), 5))
+    assert_equal_batches(list(evaluation(6, **options)), list(evaluation(6)))
 
 
-def test_a_position_can_be_gone_back_to_in_the_same_iterator():
-    batches = training()
-    take(batches, 2)
-    position = batches.get_state()
-    expected = take(batches, 5)
-    batches.set_state(position)
-    assert_equal_batches(take(batches, 5), expected)
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_an_epoch_of_repeated_examples_has_the_first_of_its_order(repeats):
+    once = labels(take(training(COUNT), 2)).reshape(2, COUNT)
+    for epoch, order in zip(take(training(COUNT, repeats=repeats), 2), once, strict=True):
+        assert epoch["label"].tolist() == np.repeat(order, repeats)[:COUNT].tolist()
+
+
+def test_repeated_examples_are_augmented_each_for_itself():
+    (batch,) = take(training(batch_size=COUNT, repeats=3), 1)
+    groups = [batch["image"][batch["label"] == label] for label in np.unique(batch["label"])]
+    assert sum((group != group[:1]).any() for group in groups) >= 5  # of 8
 
 
 def test_training_batches_have_images_and_labels_alone():
@@ -130,7 +149,7 @@ def test_training_batches_have_images_and_labels_alone():
 
 
 def test_evaluation_batches_have_a_mask_besides():
-    (batch, *_) = eval_batches(SOURCE, batch_size=6)
+    (batch, *_) = evaluation(6)
     assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
         "image": ((6, 4, 4, 3), np.uint8),
         "label": ((6,), np.int32),
@@ -140,16 +159,16 @@ def test_evaluation_batches_have_a_mask_besides():
 
 @pytest.mark.parametrize("batch_size", [1, 5, 22, 23, 24, 46, 100])
 def test_evaluation_has_every_example_once_in_order(batch_size):
-    batches = list(eval_batches(SOURCE, batch_size=batch_size))
+    batches = list(evaluation(batch_size))
     mask = np.concatenate([batch["mask"] for batch in batches])
     assert labels(batches)[mask].tolist() == list(range(COUNT))
     images = np.concatenate([batch["image"] for batch in batches])[mask]
-    np.testing.assert_array_equal(images, [example["image"] for example in SOURCE])
+    np.testing.assert_array_equal(images, IMAGES)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 22, 23, 24, 46, 100])
 def test_evaluation_batches_are_full_and_as_few_as_can_be(batch_size):
-    batches = list(eval_batches(SOURCE, batch_size=batch_size))
+    batches = list(evaluation(batch_size))
     assert len(batches) == int(np.ceil(COUNT / batch_size))
     assert {len(batch["label"]) for batch in batches} == {batch_size}
 
@@ -164,30 +183,80 @@ def test_training_rows_of_all_processes_are_those_of_one_in_order(on_process, pr
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("batch_size", [6, 12, 24])
 def test_evaluation_rows_of_all_processes_are_those_of_one_in_order(on_process, processes, batch_size):
-    whole = list(eval_batches(SOURCE, batch_size=batch_size))
-    parts = [
-        list(on_process(i, processes, lambda: eval_batches(SOURCE, batch_size=batch_size))) for i in range(processes)
-    ]
+    whole = list(evaluation(batch_size))
+    parts = [list(on_process(i, processes, lambda: evaluation(batch_size))) for i in range(processes)]
     assert [len(part) for part in parts] == [len(whole)] * processes
     assert_equal_batches(joined(parts), whole)
 
 
-def test_a_process_restores_its_own_rows(on_process):
-    def second():
-        return on_process(1, 2, lambda: training(batch_size=6))
-
-    batches = second()
-    take(batches, 3)
-    position, expected = batches.get_state(), take(batches, 4)
-    resumed = second()
-    resumed.set_state(position)
-    assert_equal_batches(take(resumed, 4), expected)
+def test_a_process_goes_on_with_its_own_rows(on_process):
+    whole = take(on_process(1, 2, lambda: training(batch_size=6)), 7)
+    assert_equal_batches(take(on_process(1, 2, lambda: training(batch_size=6, start=3)), 4), whole[3:])
 
 
-def test_positions_are_the_same_on_all_processes(on_process):
-    states = []
-    for i in range(2):
-        batches = on_process(i, 2, lambda: training(batch_size=6))
-        take(batches, 3)
-        states.append(batches.get_state())
-    assert states[0] == states[1]
+BROKEN = (2, 11, 12)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What was reported, line by line."""
+    caplog.set_level(logging.WARNING)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+@pytest.mark.parametrize("options", [{}, {"threads": 3}, {"workers": 2}])
+def test_others_take_the_places_of_unreadable_examples(options, warnings):
+    batches = training(COUNT, source=Images(BROKEN), max_broken=0.2, **options)
+    for broken, whole in zip(take(batches, 3), take(training(COUNT), 3), strict=True):
+        readable = ~np.isin(whole["label"], BROKEN)
+        for name in whole:
+            np.testing.assert_array_equal(broken[name][readable], whole[name][readable])
+        assert not np.isin(broken["label"], BROKEN).any()
+    assert batches.broken == {*BROKEN}
+    assert warnings() == [f"image {i} cannot be read and is left out." for i in BROKEN]  # once each, of three times
+
+
+def test_substitutes_are_drawn_by_the_row():
+    """So that they are the same on any number of threads and hosts, and in a run that goes on."""
+    broken = Images(BROKEN)
+    batches = take(training(COUNT, source=broken, max_broken=0.2), 6)
+    assert_equal_batches(take(training(COUNT, source=broken, max_broken=0.2, start=2), 4), batches[2:])
+    substitutes = {
+        int(label)
+        for batch, whole in zip(batches, take(training(COUNT), 6), strict=True)
+        for label in batch["label"][np.isin(whole["label"], BROKEN)]
+    }
+    assert len(substitutes) > 6  # of 18 draws
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 23, 30])
+def test_unreadable_examples_are_masked_in_evaluation(batch_size, warnings):
+    batches = evaluation(batch_size, source=Images(BROKEN), max_broken=0.2)
+    whole = list(batches)
+    mask = np.concatenate([batch["mask"] for batch in whole])
+    assert labels(whole)[mask].tolist() == [i for i in range(COUNT) if i not in BROKEN]
+    assert len(warnings()) == 3
+
+
+def test_more_unreadable_examples_than_allowed_end_the_run():
+    share = 2 / COUNT  # three are more
+    assert len(take(training(COUNT, source=Images(BROKEN[:2]), max_broken=share), 2)) == 2
+    message = r"^3 of 23 examples cannot be read, more than config.data.max_broken=0.08.* of them; one is image 2\.$"
+    with pytest.raises(BrokenDataError, match=message):
+        take(training(COUNT, source=Images(BROKEN), max_broken=share), 2)
+    with pytest.raises(BrokenDataError, match=r"^3 of 23"):
+        list(evaluation(source=Images(BROKEN), max_broken=share))
+
+
+def test_nothing_readable_is_said_at_once():
+    with pytest.raises(BrokenDataError, match="100 examples one after the other cannot be read"):
+        take(training(source=Images(range(COUNT)), max_broken=1.0), 1)
+
+
+def test_other_errors_of_a_source_are_not_hidden():
+    class Failing(Images):
+        def __getitem__(self, index):
+            raise KeyError("label")
+
+    with pytest.raises(KeyError, match="label"):
+        take(training(source=Failing()), 1)
