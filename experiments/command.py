@@ -12,6 +12,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.config import ConfigError, flatten
+from ssm_jax.data.pipeline import BrokenDataError
 from ssm_jax.training.checkpoints import CheckpointError
 from ssm_jax.training.loop import NonFiniteLossError
 
@@ -35,7 +36,7 @@ def run_command(main: Callable[[], Any]) -> None:
             main()
         except ConfigError as error:
             fail(str(error), status=2)
-        except (CheckpointError, NonFiniteLossError) as error:
+        except (BrokenDataError, CheckpointError, NonFiniteLossError) as error:
             fail(str(error), status=1)
         except KeyboardInterrupt:
             fail("stopped; the same command goes on from the last checkpoint.", status=INTERRUPTED)

@@ -137,7 +137,7 @@ def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
 
 def _apply(experiment: Experiment) -> None:
     """Evaluates a batch of which only the shape is known: that is when a network refuses images."""
-    image = np.asarray(experiment.dataset.splits["test"][0]["image"])
+    image = experiment.eval_transform(experiment.dataset.splits["test"][0])["image"]
     rows = experiment.mesh.size
     batch = {
         "image": jax.ShapeDtypeStruct((rows, *image.shape), image.dtype),
@@ -145,7 +145,8 @@ def _apply(experiment: Experiment) -> None:
         "mask": jax.ShapeDtypeStruct((rows,), np.bool_),
     }
     with section(experiment.config, "model"), jax.set_mesh(experiment.mesh):
-        jax.eval_shape(experiment.eval_step(experiment.resolution), experiment.abstract_state, batch)
+        state = experiment.abstract_state
+        jax.eval_shape(experiment.eval_step(experiment.resolution), state.params, state.rest, batch)
 
 
 def _train(run: Run) -> None:

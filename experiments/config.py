@@ -49,19 +49,47 @@ def check(config: Config) -> None:
     positive = (lambda x: 0 < x < math.inf, "positive")
     not_negative = (lambda x: 0 <= x < math.inf, "at least 0")
     at_least_1 = (lambda x: x >= 1, "at least 1")
+    share = (lambda x: 0 <= x <= 1, "in [0, 1]")
     allowed: dict[str, tuple[Callable[[Any], bool], str]] = {
         "dtype": (lambda x: x in ("float32", "bfloat16"), "'float32' or 'bfloat16'"),
         "data.resolution": (lambda x: x is None or x >= 1, "at least 1"),
+        "data.workers": not_negative,
+        "data.max_broken": share,
+        "augment.repeats": at_least_1,
+        "augment.erasing": share,
+        "augment.mixup": not_negative,
+        "augment.cutmix": not_negative,
+        "augment.mix_switch": share,
+        "augment.mix_probability": share,
+        "augment.mix_group": at_least_1,
         "batch_size": at_least_1,
         "accumulate": at_least_1,
         "epochs": positive,
+        "stages.epochs": (
+            lambda x: not x or (min(x) > 0 and math.isclose(sum(x), config.epochs)),
+            f"positive and add up to epochs={config.epochs}",
+        ),
+        "stages.resolutions": (
+            lambda x: len(x) == len(config.stages.epochs) and all(isinstance(r, int) and r >= 1 for r in x),
+            f"as many whole numbers as there are stages.epochs={config.stages.epochs}",
+        ),
+        "stages.bandlimits": (
+            lambda x: len(x) == len(config.stages.epochs) and all(0 <= b < math.inf for b in x),
+            f"as many as there are stages.epochs={config.stages.epochs}, each at least 0, which is for none",
+        ),
         "optimizer.lr": positive,
         "optimizer.ssm_lr": not_negative,
+        "optimizer.ssm_c_lr": (lambda x: x is None or 0 <= x < math.inf, "at least 0"),
+        "optimizer.warmup_lr": not_negative,
         "optimizer.end_lr": not_negative,
         "optimizer.weight_decay": not_negative,
+        "optimizer.cosine_epochs": (
+            lambda x: x is None or config.optimizer.warmup_epochs < x < math.inf,
+            f"more than warmup_epochs={config.optimizer.warmup_epochs}",
+        ),
         "optimizer.warmup_epochs": (
-            lambda x: 0 <= x < config.epochs,
-            f"at least 0 and less than epochs={config.epochs}",
+            lambda x: 0 <= x < min((config.epochs, *config.stages.epochs)),
+            f"at least 0 and less than epochs={min((config.epochs, *config.stages.epochs))}",
         ),
         "optimizer.decay_epochs": (
             lambda x: all(config.optimizer.warmup_epochs <= epoch < config.epochs for epoch in x),

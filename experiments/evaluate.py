@@ -12,10 +12,11 @@ from etils import epath
 from experiments import report
 from experiments.command import config_flag, run_command
 from experiments.config import Config, ConfigError, check_same_network
-from experiments.experiment import build
+from experiments.experiment import Experiment, build
 from ssm_jax.training.checkpoints import CheckpointError, Checkpoints
+from ssm_jax.training.steps import TrainState
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.", required=True)
 _RESOLUTION = flags.DEFINE_integer("resolution", None, "Resolution of the test images; default: the config's.")
 
 
@@ -27,15 +28,21 @@ def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None 
     resolutions = [resolution] if resolution else sorted({experiment.resolution, *config.eval.resolutions})
     folder, step = find(checkpoint)
     check_same_network(folder.parent, config)
-    with jax.set_mesh(experiment.mesh), Checkpoints(folder, metric="val/accuracy") as checkpoints:
-        step = checkpoints.best if step is None else step
-        if step is None:
-            raise CheckpointError(f"{folder} has no evaluated checkpoint; name one, {folder}/STEP.")
-        state, _ = checkpoints.restore(experiment.abstract_state, step)
-        scores = {r: experiment.evaluate(state, "test", r)[0] for r in resolutions}
+    with jax.set_mesh(experiment.mesh):
+        state, step = restore(experiment, folder, step)
+        scores = {r: experiment.evaluate(state, "test", r).scores for r in resolutions}
     if jax.process_index() == 0:
         report.print_table(experiment, scores, checkpoint=f"checkpoint of step {step}")
     return scores
+
+
+def restore(experiment: Experiment, folder: epath.Path, step: int | None) -> tuple[TrainState, int]:
+    """The state of a step, or of the best one, and which it is."""
+    with Checkpoints(folder, metric="val/accuracy") as checkpoints:
+        step = checkpoints.best if step is None else step
+        if step is None:
+            raise CheckpointError(f"{folder} has no evaluated checkpoint; name one, {folder}/STEP.")
+        return checkpoints.restore(experiment.abstract_state, step), step
 
 
 def find(checkpoint: epath.PathLike) -> tuple[epath.Path, int | None]:
@@ -48,4 +55,4 @@ def find(checkpoint: epath.PathLike) -> tuple[epath.Path, int | None]:
 
 
 if __name__ == "__main__":
-    run_command(lambda: evaluate(config_flag.value, _CHECKPOINT.value, _RESOLUTION.value))
+    run_command(lambda: evaluate(config_flag.value, CHECKPOINT.value, _RESOLUTION.value))

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,43 @@ from flax import nnx
 
 import ssm_jax
 from experiments.config import Config, ConfigError, check, section
-from ssm_jax.data.augment import Augment
-from ssm_jax.data.datasets import Dataset, load_dataset
-from ssm_jax.data.pipeline import eval_batches, train_batches
+from experiments.weights import built, start_from_file
+from ssm_jax.data import recipe
+from ssm_jax.data.datasets import Dataset, Source
+from ssm_jax.data.pipeline import Batches, eval_batches, train_batches
 from ssm_jax.data.resolution import normalize, resample
-from ssm_jax.training.optimizer import learning_rate, make_optimizer, param_groups
+from ssm_jax.training.optimizer import make_optimizer, param_groups
+from ssm_jax.training.schedules import ema_decay_at, learning_rate, restarted
+from ssm_jax.training.scores import mean_scores
 from ssm_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
-from ssm_jax.training.steps import Classification, TrainState, init_state, make_eval_step, make_train_step
+from ssm_jax.training.steps import TrainState, init_state, make_eval_step, make_train_step
+from ssm_jax.training.tasks import Classification, MultiLabel, Task
+
+_OPTIMIZER = (
+    *("name", "lr", "ssm_lr", "ssm_c_lr", "weight_decay"),
+    *("clip_norm", "momentum", "b1", "b2", "eps"),
+)
+"""Fields of config.optimizer that are arguments of `make_optimizer`; the rest is of the schedule."""
+
+_SMALL = 64
+"""Images up to this side are read by one thread: for them more only contend for the interpreter's lock."""
+
+
+class Stage(NamedTuple):
+    """A part of training at one resolution, up to the step `end`."""
+
+    resolution: int
+    bandlimit: float | None
+    end: int
+
+
+class Evaluation(NamedTuple):
+    """Of a split: mean scores, and of each example, in order, logits, label, and whether it could be read."""
+
+    scores: dict[str, float]
+    logits: np.ndarray
+    labels: np.ndarray
+    mask: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,15 +61,21 @@ class Experiment:
     config: Config
     dataset: Dataset
     mesh: jax.sharding.Mesh
-    create_model: Callable[[], nnx.Module]
+    create_model: Callable[..., nnx.Module]
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    total_steps: int
+    stages: tuple[Stage, ...]
+    """At least one, in order."""
 
     @property
     def resolution(self) -> int:
-        """Resolution of the training images."""
-        return self.config.data.resolution or self.dataset.resolution
+        """Resolution of the training images, at the end of training, and of validation."""
+        return self.stages[-1].resolution
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of all stages."""
+        return self.stages[-1].end
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,11 +84,14 @@ class Experiment:
 
     @functools.cached_property
     def abstract_model(self) -> nnx.Module:
-        """The model with shapes for arrays."""
+        """The model, as it is at the end of training, with shapes for arrays."""
         return nnx.eval_shape(self.create_model)
 
     def _init(self) -> TrainState:
-        return init_state(self.create_model(), self.optimizer, ema=self.config.ema_decay > 0)
+        return self._state(self.create_model())
+
+    def _state(self, model: nnx.Module) -> TrainState:
+        return init_state(model, self.optimizer, ema=self.config.ema_decay > 0)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
@@ -64,33 +105,52 @@ class Experiment:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     def init(self) -> TrainState:
-        """The state before the first step, on the mesh."""
-        return jax.jit(self._init, out_shardings=self._shardings)()
+        """The state before the first step, on the mesh. Raises ConfigError for a file of weights that does not fit."""
+        if not self.config.weights:
+            return jax.jit(self._init, out_shardings=self._shardings)()
+        model = built(self.create_model)
+        start_from_file(self.config, model, _arguments(self.config, self.dataset))
+        return jax.device_put(self._state(model), self._shardings)
 
-    def _task(self, resolution: int) -> Classification:
-        mean, std = self.dataset.mean, self.dataset.std
-        return Classification(
-            num_classes=self.dataset.num_classes,
-            prepare=lambda images: resample(normalize(images, mean, std), resolution),
-            label_smoothing=self.config.label_smoothing,
-        )
+    @property
+    def task(self) -> Task:
+        """What the dataset asks for."""
+        if self.dataset.multi_label:
+            return MultiLabel(self.dataset.num_classes)
+        config = self.config
+        return Classification(self.dataset.num_classes, config.label_smoothing, config.double_label_smoothing)
 
-    @functools.cached_property
-    def train_step(self) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]:
-        """The jitted train step. It takes over the memory of the state that it is given."""
-        step = make_train_step(
-            nnx.graphdef(self.abstract_model),
-            self._task(self.resolution),
-            self.optimizer,
-            rate=self.dataset.resolution / self.resolution,
-            seed=self.config.seed,
-            accumulate=self.config.accumulate,
-            ema_decay=self.config.ema_decay,
-        )
-        return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, replicated(self.mesh)))
+    def _normalize(self, images: jax.Array) -> jax.Array:
+        return normalize(images, self.dataset.mean, self.dataset.std)
 
     @functools.cached_property
-    def eval_step(self) -> Callable[[int], Callable[[TrainState, Any], tuple[dict[str, jax.Array], jax.Array]]]:
+    def train_step(self) -> Callable[[Stage], Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]]:
+        """The jitted train step by stage. It takes over the memory of the state that it is given."""
+        config = self.config
+        average = functools.partial(ema_decay_at, decay=config.ema_decay, warmup=config.ema_warmup)
+
+        @functools.cache
+        def at(stage: Stage):
+            def prepare(images, targets, key):
+                images, targets = recipe.augment_batch(self._normalize(images), targets, key, config.augment)
+                return resample(images, stage.resolution), targets
+
+            step = make_train_step(
+                nnx.graphdef(nnx.eval_shape(functools.partial(self.create_model, bandlimit=stage.bandlimit))),
+                self.task,
+                prepare,
+                self.optimizer,
+                rate=self.dataset.resolution / stage.resolution,
+                seed=config.seed,
+                accumulate=config.accumulate,
+                ema_decay=average if config.ema_decay else None,
+            )
+            return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, replicated(self.mesh)))
+
+        return at
+
+    @functools.cached_property
+    def eval_step(self) -> Callable[[int], Callable[[Any, Any, Any], dict[str, jax.Array]]]:
         """The jitted evaluation step by the resolution of the images."""
         # A network may have no dropout, or no batch norm.
         modes = {"deterministic": True, "use_running_average": True}
@@ -98,7 +158,10 @@ class Experiment:
 
         @functools.cache
         def at(resolution: int):
-            step = make_eval_step(graphdef, self._task(resolution), rate=self.dataset.resolution / resolution)
+            def prepare(images):
+                return resample(self._normalize(images), resolution)
+
+            step = make_eval_step(graphdef, self.task, prepare, rate=self.dataset.resolution / resolution)
             return jax.jit(step, out_shardings=replicated(self.mesh))
 
         return at
@@ -107,33 +170,82 @@ class Experiment:
         """Sends the rows that this process holds of a batch to the mesh."""
         return put_batch(batch, batch_sharding(self.mesh))
 
-    def train_batches(self):
-        """An iterator over batches of the training split, see `ssm_jax.data.pipeline.train_batches`."""
+    @property
+    def _reading(self) -> dict[str, Any]:
+        options = self.config.data
+        threads = 1 if self.dataset.resolution <= _SMALL else os.cpu_count() or 1
+        return {"threads": threads, "workers": options.workers, "max_broken": options.max_broken}
+
+    @functools.cached_property
+    def train_transform(self) -> Callable[..., dict[str, Any]]:
+        """What is done with an example for training, on the host."""
+        return recipe.train_transform(self.dataset, self.config.data, self.config.augment)
+
+    @functools.cached_property
+    def eval_transform(self) -> Callable[..., dict[str, Any]]:
+        """What is done with an example for evaluation, on the host."""
+        return recipe.eval_transform(self.dataset, self.config.data, self.config.eval)
+
+    def train_batches(self, start: int = 0) -> Batches:
+        """Batches of the training split from the step `start` on, see `ssm_jax.data.pipeline.train_batches`."""
         return train_batches(
             self.dataset.splits["train"],
             batch_size=self.config.batch_size,
-            augment=_augment(self.config),
+            transform=self.train_transform,
             seed=self.config.seed,
+            start=start,
+            repeats=self.config.augment.repeats,
+            **self._reading,
         )
 
-    def evaluate(self, state: TrainState, split: str, resolution: int) -> tuple[dict[str, float], np.ndarray]:
-        """Mean loss and accuracy over a split, exact for any number of devices, and all logits, in order."""
+    def evaluate(self, state: TrainState, split: str, resolution: int) -> Evaluation:
+        """Scores a split, exactly, whatever the number of devices, see `ssm_jax.training.scores.mean_scores`.
+
+        Scores of averaged parameters, if the state has them, begin with `ema_`.
+        """
         source = self.dataset.splits[split]
+        params = {"": state.params} | ({} if state.ema is None else {"ema_": state.ema})
+        rows = self._rows(params, state.rest, source, resolution)
+        options: dict[str, Any] = {
+            "groups": getattr(source, "groups", None),  # the videos of clips
+            "multi_label": self.dataset.multi_label,
+        }
+        scores = {
+            f"{prefix}{name}": value
+            for prefix, part in rows.items()
+            for name, value in mean_scores(part, **options).items()
+        }
+        return Evaluation(scores, *(rows[""][name] for name in ("logits", "label", "mask")))
+
+    def _rows(
+        self, params: Mapping[str, Any], rest: Any, source: Source, resolution: int
+    ) -> dict[str, dict[str, np.ndarray]]:
+        """For each of several parameters, what the evaluation step returns for all examples, in order."""
         batch_size = -(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size
+        batches = eval_batches(source, batch_size=batch_size, transform=self.eval_transform, **self._reading)
         step = self.eval_step(resolution)
-        outputs = [step(state, self.put(batch)) for batch in eval_batches(source, batch_size=batch_size)]
-        sums, logits = zip(*jax.device_get(outputs), strict=True)
-        total = {name: sum(part[name] for part in sums) for name in sums[0]}
-        count = total.pop("count")
-        return {name: float(value / count) for name, value in total.items()}, np.concatenate(logits)[: len(source)]
+        done, running = [], None
+        for batch in map(self.put, batches):
+            results = {prefix: step(some, rest, batch) for prefix, some in params.items()}
+            if running is not None:  # devices have one batch to do, and not all of them in memory
+                done.append(jax.device_get(running))
+            running = results
+        done.append(jax.device_get(running))
+        return {
+            prefix: {name: np.concatenate([d[prefix][name] for d in done])[: len(source)] for name in rows}
+            for prefix, rows in done[0].items()
+        }
 
 
 def build(config: Config) -> Experiment:
     """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
     check(config)
     with section(config, "data"):
-        dataset = load_dataset(config.data.name, config.data.dir or None, image_size=config.data.image_size)
-        _augment(config)
+        dataset = recipe.load(config.data)
+    with section(config, "augment"):
+        recipe.train_transform(dataset, config.data, config.augment)
+    with section(config, "eval"):
+        recipe.eval_transform(dataset, config.data, config.eval)
     with section(config, "mesh"):
         mesh = make_mesh(config.mesh.to_dict())
     n_train, parts = len(dataset.splits["train"]), mesh.size * config.accumulate
@@ -142,28 +254,83 @@ def build(config: Config) -> Experiment:
             f"config.batch_size must be a multiple of {parts} ({mesh.size} devices x accumulate={config.accumulate}) "
             f"and at most {n_train}, the images of {config.data.name}, got {config.batch_size}."
         )
+    _check_mixing(config)
+    stages = _stages(config, dataset.resolution, n_train // config.batch_size)
+    create = functools.partial(_create, config, dataset, bandlimit=stages[-1].bandlimit)
     with section(config, "model"):
-        create = _model_constructor(config, dataset)
-        params = nnx.state(nnx.eval_shape(create), nnx.Param)
-    steps_per_epoch = n_train // config.batch_size
-    total_steps = max(1, round(config.epochs * steps_per_epoch))
-    options = config.optimizer.to_dict()
-    rate = {
-        "warmup_steps": min(round(options.pop("warmup_epochs") * steps_per_epoch), total_steps - 1),
-        "total_steps": total_steps,
-        "milestones": [round(epoch * steps_per_epoch) for epoch in options.pop("decay_epochs")],
-    }
+        params = nnx.state(nnx.eval_shape(functools.partial(create, bandlimit=None)), nnx.Param)
+    for stage in stages:
+        with section(config, "stages.bandlimits"):  # not every network has a mixer with one
+            nnx.eval_shape(functools.partial(create, bandlimit=stage.bandlimit))
+    schedule = functools.partial(_schedule, config.optimizer, stages, n_train // config.batch_size)
     with section(config, "optimizer"):
-        optimizer = make_optimizer(param_groups(params), **rate, **options)
-        schedule = learning_rate(options["lr"], end=options["end_lr"], **rate)
-    return Experiment(config, dataset, mesh, create, optimizer, schedule, total_steps)
+        options = {name: config.optimizer[name] for name in _OPTIMIZER}
+        optimizer = make_optimizer(param_groups(params, config.optimizer.decay_rule), schedule, **options)
+    return Experiment(config, dataset, mesh, create, optimizer, schedule(config.optimizer.lr), stages)
 
 
-def _augment(config: Config) -> Augment:
-    return Augment(crop_padding=config.data.crop_padding, flip=config.data.flip)
+def _check_mixing(config: Config) -> None:
+    """Refuses groups that do not fit the batch."""
+    rows, group = config.batch_size // config.accumulate, config.augment.mix_group
+    if (config.augment.mixup or config.augment.cutmix) and rows % min(group, rows):
+        raise ConfigError(
+            f"config.augment.mix_group must divide the {rows} rows of batch_size={config.batch_size} / accumulate="
+            f"{config.accumulate}, or be larger, got {group}."
+        )
 
 
-def _model_constructor(config: Config, dataset: Dataset) -> Callable[[], nnx.Module]:
-    arguments = config.model.to_dict()
-    arguments |= {"num_classes": dataset.num_classes, "in_channels": dataset.channels, "dtype": jnp.dtype(config.dtype)}
-    return lambda: ssm_jax.create_model(rngs=nnx.Rngs(config.seed), **arguments)
+def _stages(config: Config, base: int, steps_per_epoch: int) -> tuple[Stage, ...]:
+    """The stages of progressive resizing, or one."""
+    options = config.stages
+    if not options.epochs:
+        resolution = config.data.resolution or base
+        return (Stage(resolution, None, max(1, round(config.epochs * steps_per_epoch))),)
+    ends = [round(epochs * steps_per_epoch) for epochs in itertools.accumulate(options.epochs)]
+    if len({0, *ends}) <= len(ends):
+        raise ConfigError(
+            f"config.stages.epochs must be of at least one step each, of {steps_per_epoch} per epoch, "
+            f"got {options.epochs}."
+        )
+    bandlimits = [bandlimit or None for bandlimit in options.bandlimits]
+    return tuple(map(Stage, options.resolutions, bandlimits, ends))
+
+
+def _schedule(options: Config, stages: tuple[Stage, ...], steps_per_epoch: int, peak: float) -> optax.Schedule:
+    """The learning rate of a group of parameters with this peak: each stage warms up and falls for itself."""
+
+    def steps(epochs: float) -> int:
+        return round(epochs * steps_per_epoch)
+
+    parts, start = [], 0
+    for stage in stages:
+        length = stage.end - start
+        total = length if options.cosine_epochs is None else steps(options.cosine_epochs)
+        rate = learning_rate(
+            peak,
+            total_steps=total,
+            warmup_steps=min(steps(options.warmup_epochs), total - 1),
+            warmup_lr=options.warmup_lr,
+            warmup_prefix=options.warmup_prefix,
+            end_lr=options.end_lr,
+            milestones=[steps(epochs) for epochs in options.decay_epochs],
+            hold_steps=steps_per_epoch if options.per_epoch else 1,
+        )
+        parts.append((length, rate))
+        start = stage.end
+    return restarted(parts)
+
+
+def _create(config: Config, dataset: Dataset, bandlimit: float | None = None) -> nnx.Module:
+    """The model as in a stage with this bandlimit, if there are stages."""
+    arguments = _arguments(config, dataset)
+    if config.stages.epochs:
+        arguments.get("mixer", {}).pop("bandlimit", None)
+    if bandlimit is not None:
+        arguments["mixer"] = {**arguments.get("mixer", {}), "bandlimit": bandlimit}
+    return ssm_jax.create_model(rngs=nnx.Rngs(config.seed), **arguments)
+
+
+def _arguments(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """Those of `ssm_jax.create_model` but for `rngs`."""
+    given = {"num_classes": dataset.num_classes, "in_channels": dataset.channels, "dtype": jnp.dtype(config.dtype)}
+    return {**config.model.to_dict(), **given}

@@ -12,38 +12,38 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.config import write_file
-from experiments.experiment import Experiment
+from experiments.experiment import Evaluation, Experiment
 from ssm_jax import plots
 from ssm_jax.layers import S4ND
 from ssm_jax.training.metrics import read_metrics
 from ssm_jax.training.steps import TrainState
 
 Scores = dict[int, dict[str, float]]
-"""Loss and accuracy on the test images, by resolution."""
+"""Scores on the test images, by resolution."""
 
 
 def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> None:
     """Prints the scores of a checkpoint, described in words."""
     config = experiment.config
     table = Table(title=f"{config.model.name} on the {config.data.name} test images, {checkpoint}")
-    for column in ["resolution", "rate", "images", "loss", "accuracy"]:
+    names = sorted(next(iter(scores.values())), key=lambda name: not name.endswith("loss"))
+    for column in ["resolution", "rate", "images", *(name.replace("_", " ") for name in names)]:
         table.add_column(column, justify="right")
     for resolution, score in scores.items():
         table.add_row(
             f"{resolution} x {resolution}" + (" (training)" if resolution == experiment.resolution else ""),
             f"{experiment.dataset.resolution / resolution:g}",
             f"{len(experiment.dataset.splits['test']):,}",
-            f"{score['loss']:.4f}",
-            f"{score['accuracy']:.2%}",
+            *(f"{score[name]:.4f}" if name.endswith("loss") else f"{score[name]:.2%}" for name in names),
         )
     Console().print(table)
 
 
 def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Scores:
     """Scores a network at the config's resolutions; prints the table, writes results.json and pictures/."""
-    scores, logits = {}, {}
-    for resolution in sorted({experiment.resolution, *experiment.config.eval.resolutions}):
-        scores[resolution], logits[resolution] = experiment.evaluate(state, "test", resolution)
+    resolutions = sorted({experiment.resolution, *experiment.config.eval.resolutions})
+    evaluations = {resolution: experiment.evaluate(state, "test", resolution) for resolution in resolutions}
+    scores = {resolution: evaluation.scores for resolution, evaluation in evaluations.items()}
     if jax.process_index() == 0:
         step = int(state.step)
         print_table(experiment, scores, checkpoint=f"best checkpoint by val/accuracy, step {step}")
@@ -53,7 +53,7 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
                 {resolution: score["accuracy"] for resolution, score in scores.items()},
                 trained_at=experiment.resolution,
             ),
-            "predictions": _predictions(experiment, logits[experiment.resolution]),
+            **_predictions(experiment, evaluations[experiment.resolution]),
             **_kernels(experiment, state),
         }
         save_pictures(pictures, workdir / "pictures")
@@ -71,19 +71,24 @@ def save_pictures(pictures: Mapping[str, Figure], folder: epath.Path) -> None:
             figure.savefig(file, dpi=150)
 
 
-def _predictions(experiment: Experiment, logits: np.ndarray, *, count: int = 32) -> Figure:
+def _predictions(experiment: Experiment, evaluation: Evaluation, *, count: int = 32) -> dict[str, Figure]:
     """Drawn from all over the test set: wrong predictions first, as far as they fill half of the sheet, then others."""
-    test = experiment.dataset.splits["test"]
-    predictions = logits.argmax(-1)
-    labels = np.array([int(test[i]["label"]) for i in range(len(test))])
+    if experiment.dataset.multi_label:
+        return {}
+    test, labels, read = experiment.dataset.splits["test"], evaluation.labels, evaluation.mask
+    predictions = evaluation.logits.argmax(-1)
     order = np.random.default_rng(0).permutation(len(test))  # a folder has one class after another
+    order = order[read[order]]
     wrong = order[predictions[order] != labels[order]][: count // 2]
     shown = [*wrong, *order[~np.isin(order, wrong)][: count - len(wrong)]]
-    images = np.stack([test[int(i)]["image"] for i in shown])
-    title = f"{np.sum(predictions != labels)} of {len(labels)} test images are misclassified, shown first"
-    return plots.prediction_sheet(
+    images = np.stack([experiment.eval_transform(test[int(i)])["image"] for i in shown])
+    if experiment.dataset.frames is not None:
+        images = images[:, images.shape[1] // 2]
+    title = f"{np.sum((predictions != labels)[read])} of {np.sum(read)} test images are misclassified, shown first"
+    sheet = plots.prediction_sheet(
         images, labels[shown], predictions[shown], experiment.dataset.class_names, title=title
     )
+    return {"predictions": sheet}
 
 
 def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> dict[str, Figure]:

@@ -39,54 +39,53 @@ def train(config: Config, workdir: epath.PathLike) -> report.Scores:
         _fit(experiment, workdir, checkpoints)
         best = checkpoints.best
         assert best is not None, "every run ends with an evaluation"
-        state, _ = checkpoints.restore(experiment.abstract_state, best)
+        state = checkpoints.restore(experiment.abstract_state, best)
         return report.write(experiment, state, workdir)
 
 
 def _fit(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints) -> None:
     config = experiment.config
-    batches = experiment.train_batches()
-    if (last := checkpoints.last) is None:
-        state = experiment.init()
-    else:
-        state, position = checkpoints.restore(experiment.abstract_state, last)
-        batches.set_state(position)
+    last = checkpoints.last
+    state = experiment.init() if last is None else checkpoints.restore(experiment.abstract_state, last)
+    start = last or 0
+    batches = map(experiment.put, experiment.train_batches(start))
 
     def evaluate(state: TrainState) -> dict[str, float]:
-        scores, _ = experiment.evaluate(state, "val", experiment.resolution)
+        scores = experiment.evaluate(state, "val", experiment.resolution).scores
         return {f"val/{name}": value for name, value in scores.items()}
 
     def steps(epochs: float) -> int:
         return max(1, round(epochs * experiment.steps_per_epoch))
 
-    start = last or 0
     with (
         MetricWriter(workdir, step=start) as writer,
         ProgressBar(total_steps=experiment.total_steps, step=start) as progress,
     ):
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
+        sizes = ", then ".join(f"{stage.resolution} x {stage.resolution}" for stage in experiment.stages)
         progress.print(
-            f"{config.model.name} with {parameters:,} parameters on {config.data.name} at {experiment.resolution} x "
-            f"{experiment.resolution}, {experiment.total_steps:,} steps of {config.batch_size} images on "
+            f"{config.model.name} with {parameters:,} parameters on {config.data.name} at {sizes}, "
+            f"{experiment.total_steps:,} steps of {config.batch_size} images on "
             f"{experiment.mesh.size} x {jax.devices()[0].device_kind}"
             + (f", going on from step {start:,}" if start else "")
         )
-        fit(
-            state,
-            train_step=experiment.train_step,
-            batches=map(experiment.put, batches),
-            data_position=batches.get_state,
-            evaluate=evaluate,
-            schedule=experiment.schedule,
-            checkpoints=checkpoints,
-            writer=writer,
-            progress=progress,
-            batch_size=config.batch_size,
-            total_steps=experiment.total_steps,
-            eval_every=steps(config.eval.every_epochs),
-            checkpoint_every=steps(config.checkpoint_every_epochs),
-            log_every=config.log_every_steps,
-        )
+        for stage in experiment.stages:
+            if start < stage.end:
+                state = fit(
+                    state,
+                    train_step=experiment.train_step(stage),
+                    batches=batches,
+                    evaluate=evaluate,
+                    schedule=experiment.schedule,
+                    checkpoints=checkpoints,
+                    writer=writer,
+                    progress=progress,
+                    batch_size=config.batch_size,
+                    total_steps=stage.end,
+                    eval_every=steps(config.eval.every_epochs),
+                    checkpoint_every=steps(config.checkpoint_every_epochs),
+                    log_every=config.log_every_steps,
+                )
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def deit(size: int, quick: bool) -> ConfigDict:
 
 def _common(size: int, quick: bool) -> ConfigDict:
     config = classification.get_config()
-    config.data.update(crop_padding=4, flip=True)
+    config.augment.update(crop_padding=4, flip=True)
     config.batch_size, config.epochs = 128, 180.0
     config.eval.update(every_epochs=5.0, batch_size=500)
     config.checkpoint_every_epochs = 1.0

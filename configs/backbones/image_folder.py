@@ -43,6 +43,7 @@ FAMILIES = {
         "mixer": {"d_state": 16},
     },
 }
+VARIANTS = tuple(FAMILIES)
 
 
 def get_config(family: str = "") -> ConfigDict:
@@ -53,7 +54,8 @@ def get_config(family: str = "") -> ConfigDict:
         )
     config = classification.get_config()
     config.model = FAMILIES[family] | {"drop_path": 0.1}
-    config.data.update(name="image_folder", image_size=SIZE, crop_padding=4, flip=True)
+    config.data.update(name="image_folder", image_size=SIZE)
+    config.augment.update(crop_padding=4, flip=True)
     config.batch_size = 50
     config.epochs = 10.0
     config.optimizer.update(lr=1e-3, ssm_lr=1e-3, weight_decay=0.05, warmup_epochs=0.5)

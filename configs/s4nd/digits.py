@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
         "dropout": 0.1,
         "mixer": {"d_state": 32, "init": "diag-lin", "dt_min": 0.1, "dt_max": 1.0, "bandlimit": 0.5},
     }
-    config.data.update(name="digits", crop_padding=1)
+    config.data.name = "digits"
+    config.augment.crop_padding = 1
     config.batch_size = 64
     config.epochs = 60.0
     config.optimizer.update(lr=1e-2, ssm_lr=1e-3, weight_decay=0.05, warmup_epochs=3.0)

@@ -65,18 +65,15 @@ class Checkpoints:
         scored = [(c.metrics[self._metric], c.step) for c in self._committed() if c.metrics]
         return max(scored)[1] if scored else None
 
-    def save(self, state: TrainState, data_position: dict[str, Any], metrics: dict[str, Any] | None = None) -> None:
+    def save(self, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
         """Starts to save `state` under its step; returns once it has been copied from the devices.
 
-        `data_position` is the (JSON) state of the data iterator; `metrics` is given if the model was just evaluated.
+        `metrics` is given if the model was just evaluated.
         """
-        position: Any = {"data": data_position}
-        self._pending = self._checkpointer.save_async(
-            int(state.step), vars(state), metrics=metrics, custom_metadata=position
-        )
+        self._pending = self._checkpointer.save_async(int(state.step), vars(state), metrics=metrics)
 
-    def restore(self, abstract: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
-        """Loads the state of `step` and its position in the data.
+    def restore(self, abstract: TrainState, step: int) -> TrainState:
+        """Loads the state of `step`.
 
         `abstract` has the shape, dtype and sharding of every array (`jax.ShapeDtypeStruct`); the sharding may differ
         from that of the saved one. Raises CheckpointError if the step is missing or has other arrays.
@@ -97,7 +94,7 @@ class Checkpoints:
                 f"checkpoint {self._directory / str(step)} does not fit this model in {len(misfits)} arrays: {shown}."
             )
         state: Any = self._checkpointer.load(step, vars(abstract))
-        return TrainState(**state), metadata.custom_metadata["data"]
+        return TrainState(**state)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -20,7 +20,6 @@ def fit(
     *,
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     batches: Iterator[Any],
-    data_position: Callable[[], dict[str, Any]],
     evaluate: Callable[[TrainState], dict[str, float]],
     schedule: Callable[[int], Any],
     checkpoints: Checkpoints,
@@ -69,7 +68,7 @@ def fit(
                 + f"  {rate:,.0f} images/s"
             )
         if saving:
-            checkpoints.save(state, data_position(), scores)
+            checkpoints.save(state, scores)
             throughput.restart()
     return state
 

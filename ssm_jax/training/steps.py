@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array
+
+from ssm_jax.training.tasks import Metrics, Task
 
 Batch = dict[str, Any]
-Metrics = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -19,7 +20,8 @@ Metrics = dict[str, Any]
 class TrainState:
     """All that training changes, as arrays or, described, as shapes or shardings.
 
-    `step` is also the position in the data, in batches, and the seed of dropout.
+    `step` is also the position in the data, in batches, of which everything that is read follows, and the seed of what
+    is random on the device.
     """
 
     step: Any
@@ -29,33 +31,6 @@ class TrainState:
     opt_state: Any
     ema: Any
     """Exponential moving average of `params`, or None."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Classification:
-    """The task of naming the class of an image, one of `num_classes`.
-
-    `prepare` turns a batch of raw images into the model's input, on the device.
-    """
-
-    num_classes: int
-    prepare: Callable[[Array], Float[Array, "b h w c"]]
-    label_smoothing: float = 0.0
-
-    def loss(self, logits: Float[Array, "b classes"], batch: Batch) -> tuple[Float[Array, ""], Metrics]:
-        """Mean cross-entropy, and the metrics of a train step."""
-        logits = logits.astype(jnp.float32)
-        targets = jax.nn.one_hot(batch["label"], self.num_classes)
-        targets = optax.smooth_labels(targets, self.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, {"loss": loss, "accuracy": jnp.mean(logits.argmax(-1) == batch["label"])}
-
-    def evaluate(self, logits: Float[Array, "b classes"], batch: Batch) -> Metrics:
-        """Sums over the real rows of a batch (`mask`): to be added up and divided by `count`."""
-        logits, mask = logits.astype(jnp.float32), batch["mask"].astype(jnp.float32)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        correct = (logits.argmax(-1) == batch["label"]).astype(jnp.float32)
-        return {"loss": (losses * mask).sum(), "accuracy": (correct * mask).sum(), "count": mask.sum()}
 
 
 def init_state(model: nnx.Module, optimizer: optax.GradientTransformation, *, ema: bool) -> TrainState:
@@ -73,32 +48,36 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation, *, em
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    task: Classification,
+    task: Task,
+    prepare: Callable[[Array, Array, Array], tuple[Array, Array]],
     optimizer: optax.GradientTransformation,
     *,
     rate: float = 1.0,
     seed: int = 0,
     accumulate: int = 1,
-    ema_decay: float = 0.0,
+    ema_decay: Callable[[Array], Any] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
     Args:
         graphdef: of the model in training mode; `model(images, rate=..., rngs=...)` gives logits.
-        task: gives the loss.
+        task: makes targets of labels, and gives the loss.
+        prepare: turns raw images, targets and a key into the model's input and the targets that go with it.
         optimizer: an optax transformation of all parameters.
         rate: base resolution / resolution of the training images.
-        seed: of dropout, folded with the step: the step has no other randomness.
+        seed: of dropout and of `prepare`, folded with the step: the step has no other randomness.
         accumulate: number of equal parts in which the batch goes through the model, one after the other; gradients
             and metrics are averaged, and there is one update.
-        ema_decay: weight of the old average in `state.ema`.
+        ema_decay: weight of the old average in `state.ema`, by the number of updates before.
     """
 
     def loss_fn(params, rest, batch, key):
+        prepare_key, dropout_key = jax.random.split(key)
+        images, targets = prepare(batch["image"], task.targets(batch["label"]), prepare_key)
         # Copied, because the Variables of `rest` belong to another trace level than this function's.
         model = nnx.merge(graphdef, params, rest, copy=True)
-        logits = model(task.prepare(batch["image"]), rate=rate, rngs=nnx.Rngs(dropout=key))
-        loss, metrics = task.loss(logits, batch)
+        logits = model(images, rate=rate, rngs=nnx.Rngs(dropout=dropout_key))
+        loss, metrics = task.loss(logits, targets)
         _, rest = nnx.state(model, nnx.Param, ...)
         return loss, (metrics, nnx.to_pure_dict(rest))
 
@@ -125,7 +104,9 @@ def make_train_step(
             grads, metrics = jax.tree.map(lambda x: x / accumulate, total)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+        ema = None
+        if ema_decay is not None:
+            ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay(state.step))
         metrics |= {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, rest, opt_state, ema), metrics
 
@@ -133,17 +114,22 @@ def make_train_step(
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, task: Classification, *, rate: float = 1.0
-) -> Callable[[TrainState, Batch], tuple[Metrics, Float[Array, "b classes"]]]:
-    """Builds `step(state, batch) -> (sums, logits)` with the averaged parameters if the state has them.
+    graphdef: nnx.GraphDef, task: Task, prepare: Callable[[Array], Array], *, rate: float = 1.0
+) -> Callable[[Any, Any, Batch], dict[str, Array]]:
+    """Builds `step(params, rest, batch) -> rows`: the task's scores of each row, `logits`, `label` and `mask`.
 
-    `graphdef` is that of the model in evaluation mode, and `rate` that of the images that `task.prepare` gives.
+    `graphdef` is that of the model in evaluation mode, `prepare` turns raw images into its input, and `rate` is that of
+    what `prepare` gives.
     """
 
-    def step(state: TrainState, batch: Batch):
-        params = state.params if state.ema is None else state.ema
-        model = nnx.merge(graphdef, params, state.rest, copy=True)
-        logits = model(task.prepare(batch["image"]), rate=rate)
-        return task.evaluate(logits, batch), logits
+    def step(params, rest, batch: Batch) -> dict[str, Array]:
+        model = nnx.merge(graphdef, params, rest, copy=True)
+        logits = model(prepare(batch["image"]), rate=rate)
+        return {
+            **task.evaluate(logits, batch["label"]),
+            "logits": logits,
+            "label": batch["label"],
+            "mask": batch["mask"],
+        }
 
     return step

@@ -27,14 +27,14 @@ def test_an_unknown_field_is_answered_with_a_near_one(refused):
 
 
 def test_an_unknown_switch_is_answered_with_a_near_one(refused):
-    assert refused("--noconfig.data.flop").startswith(
-        "error: config has no field 'data.flop'; did you mean config.data.flip?"
+    assert refused("--noconfig.augment.flop").startswith(
+        "error: config has no field 'augment.flop'; did you mean config.augment.flip?"
     )
 
 
 def test_an_outlandish_field_is_answered_with_all_fields(refused):
     message = refused("--config.zzz", "4")
-    assert message.startswith("error: config has no field 'zzz'; did you mean one of accumulate, batch_size,")
+    assert message.startswith("error: config has no field 'zzz'; did you mean one of accumulate, augment.color_jitter,")
     assert "model.mixer.d_state" in message
 
 

@@ -21,11 +21,10 @@ def contents(folder):
 
 
 def last_state(workdir, config):
-    """The newest checkpoint's state and position in the data, and the steps of all checkpoints."""
+    """The newest checkpoint's state, and the steps of all checkpoints."""
     experiment = build(config)
     with Checkpoints(workdir / "checkpoints", metric="val/accuracy") as checkpoints:
-        state, position = checkpoints.restore(experiment.abstract_state, checkpoints.last)
-        return state, position, checkpoints.steps
+        return checkpoints.restore(experiment.abstract_state, checkpoints.last), checkpoints.steps
 
 
 def rows(workdir):
@@ -75,9 +74,9 @@ def test_results_are_those_of_the_best_checkpoint(finished):
     assert scored[results["step"]] == max(scored.values())
     experiment = build(config)
     with Checkpoints(workdir / "checkpoints", metric="val/accuracy") as checkpoints:
-        state, _ = checkpoints.restore(experiment.abstract_state, results["step"])
+        state = checkpoints.restore(experiment.abstract_state, results["step"])
     with jax.set_mesh(experiment.mesh):
-        again, _ = experiment.evaluate(state, "test", 8)
+        again = experiment.evaluate(state, "test", 8).scores
     assert again == pytest.approx(scores[8], rel=1e-5)
 
 
@@ -149,7 +148,7 @@ LONG = {
     "epochs": 8.0,
     "ema_decay": 0.9,
     "log_every_steps": 5,
-    "data.flip": True,  # besides crops and dropout, which the config has
+    "augment.flip": True,  # besides crops and dropout, which the config has
     "eval.resolutions": (),
 }
 """A run of 152 steps, saved after every 19, for half of them without evaluation."""

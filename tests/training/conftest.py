@@ -15,8 +15,10 @@ from flax import nnx
 from ssm_jax.data.resolution import normalize, resample
 from ssm_jax.models import create_model
 from ssm_jax.training.optimizer import make_optimizer, param_groups
+from ssm_jax.training.schedules import learning_rate
 from ssm_jax.training.sharding import batch_sharding, put_batch, replicated, state_shardings
-from ssm_jax.training.steps import Classification, TrainState, init_state, make_eval_step, make_train_step
+from ssm_jax.training.steps import TrainState, init_state, make_eval_step, make_train_step
+from ssm_jax.training.tasks import Classification
 
 FAST = {"xla_backend_optimization_level": 0}
 """Halves the time to compile; what devices exchange is decided before."""
@@ -43,7 +45,7 @@ class Tiny:
     dtype: Any = None
     label_smoothing: float = 0.0
     optimizer: optax.GradientTransformation | None = None
-    ema: float = 0.0
+    ema: Any = 0.0
     accumulate: int = 1
     seed: int = 0
     mesh: jax.sharding.Mesh | None = None
@@ -72,20 +74,27 @@ class Tiny:
     def tx(self):
         labels = param_groups(nnx.state(self.abstract_model, nnx.Param))
         tx = self.optimizer or make_optimizer(
-            labels, lr=1e-2, ssm_lr=1e-3, weight_decay=0.05, warmup_steps=0, total_steps=100
+            labels,
+            lambda peak: learning_rate(peak, total_steps=100),
+            lr=1e-2,
+            ssm_lr=1e-3,
+            weight_decay=0.05,
         )
         return optax.GradientTransformation(tx.init, optax_promotion()(tx.update))
 
     @property
     def task(self):
-        return Classification(
-            num_classes=10,
-            prepare=lambda images: resample(normalize(images, (0.3,), (0.4,)), 8),
-            label_smoothing=self.label_smoothing,
-        )
+        return Classification(num_classes=10, label_smoothing=self.label_smoothing)
+
+    def prepare(self, images):
+        return resample(normalize(images, (0.3,), (0.4,)), 8)
+
+    def augment(self, images, targets, key):
+        """Nothing random, by default."""
+        return self.prepare(images), targets
 
     def _init(self):
-        return init_state(self.model(), self.tx, ema=self.ema > 0)
+        return init_state(self.model(), self.tx, ema=bool(self.ema))
 
     @functools.cached_property
     def abstract_state(self):
@@ -108,13 +117,19 @@ class Tiny:
 
     def init(self) -> TrainState:
         model = nnx.merge(nnx.graphdef(self.abstract_model), *_initial(self.network, self.width))
-        return jax.device_put(init_state(model, self.tx, ema=self.ema > 0), self.shardings)
+        return jax.device_put(init_state(model, self.tx, ema=bool(self.ema)), self.shardings)
 
     @functools.cached_property
     def jitted(self):
         graphdef = nnx.graphdef(self.abstract_model)
         step = make_train_step(
-            graphdef, self.task, self.tx, seed=self.seed, accumulate=self.accumulate, ema_decay=self.ema
+            graphdef,
+            self.task,
+            self.augment,
+            self.tx,
+            seed=self.seed,
+            accumulate=self.accumulate,
+            ema_decay=self.ema if callable(self.ema) else (lambda step: self.ema) if self.ema else None,
         )
         out_shardings = None if self.mesh is None else (self.shardings, replicated(self.mesh))
         return jax.jit(step, out_shardings=out_shardings, compiler_options=FAST)
@@ -128,11 +143,14 @@ class Tiny:
         graphdef = nnx.graphdef(
             nnx.view(self.abstract_model, deterministic=True, use_running_average=True, raise_if_not_found=False)
         )
-        return jax.jit(make_eval_step(graphdef, self.task), compiler_options=FAST)
+        return jax.jit(make_eval_step(graphdef, self.task, self.prepare), compiler_options=FAST)
 
-    def eval(self, state, batch):
+    def eval(self, params, rest, batch):
         with self.context():
-            return self._eval(state, batch)
+            return self._eval(params, rest, batch)
+
+    def logits(self, state, batch):
+        return self.eval(state.params, state.rest, batch | {"mask": jnp.ones(len(batch["label"]), bool)})["logits"]
 
     def batch(self, seed=0, count=16):
         rng = np.random.default_rng(seed)

@@ -40,7 +40,7 @@ def abstract_of(state):
 
 def save_scores(checkpoints, scores):
     for step, score in enumerate(scores, start=1):
-        checkpoints.save(small(step), {}, None if score is None else {METRIC: score})
+        checkpoints.save(small(step), None if score is None else {METRIC: score})
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_steps_and_scores_are_found_again(tmp_path):
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
         assert checkpoints.steps == [2, 4, 5]
         assert (checkpoints.best, checkpoints.last) == (2, 5)
-        checkpoints.save(small(6), {}, {METRIC: 0.95})
+        checkpoints.save(small(6), {METRIC: 0.95})
         assert checkpoints.best == 6
         assert checkpoints.steps == [5, 6]
 
@@ -96,10 +96,9 @@ def test_a_state_is_restored_bit_for_bit(tiny, tmp_path, assert_same):
     averaging = tiny(dropout=0.1, ema=0.9)
     state, _ = averaging.step(averaging.init(), averaging.batch())
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
-        checkpoints.save(state, {"next_index": 1})
+        checkpoints.save(state)
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
-        restored, position = checkpoints.restore(averaging.abstract_state, 1)
-    assert position == {"next_index": 1}
+        restored = checkpoints.restore(averaging.abstract_state, 1)
     assert_same(restored, state)
     batch = averaging.batch(1)
     assert_same(averaging.step(restored, batch), averaging.step(state, batch))
@@ -110,19 +109,18 @@ def test_a_state_may_be_used_up_while_it_is_saved(checkpoints):
     size = 1 << 20
     state = TrainState(step=jnp.int32(1), params={"w": jnp.full(size, 7.0)}, rest={}, opt_state=(), ema=None)
     abstract = abstract_of(state)
-    checkpoints.save(state, {})
+    checkpoints.save(state)
     overwritten = jax.jit(lambda params: jax.tree.map(lambda x: x * 0, params), donate_argnums=0)(state.params)
     jax.block_until_ready(overwritten)
-    restored, _ = checkpoints.restore(abstract, 1)
+    restored = checkpoints.restore(abstract, 1)
     np.testing.assert_array_equal(restored.params["w"], np.full(size, 7.0))
 
 
 def test_a_checkpoint_can_be_restored_at_once(checkpoints, assert_same):
     for step in range(1, 4):
         state = small(step, value=step)
-        checkpoints.save(state, {"next_index": step}, {METRIC: float(step)})
-        restored, position = checkpoints.restore(abstract_of(state), checkpoints.best)
-        assert position == {"next_index": step}
+        checkpoints.save(state, {METRIC: float(step)})
+        restored = checkpoints.restore(abstract_of(state), checkpoints.best)
         assert_same(restored, state)
 
 
@@ -133,9 +131,9 @@ def test_a_state_is_restored_onto_another_mesh(tiny, tmp_path, monkeypatch, asse
     single = tiny()
     state, _ = sharded.step(sharded.init(), sharded.batch())
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
-        checkpoints.save(state, {})
+        checkpoints.save(state)
         for target in [whole, other, single]:
-            restored, _ = checkpoints.restore(target.abstract_state, 1)
+            restored = checkpoints.restore(target.abstract_state, 1)
             assert_same(restored, state)
             assert jax.tree.map(lambda x: x.sharding, restored) == target.shardings
 
@@ -156,7 +154,7 @@ def test_a_missing_step_is_answered_with_those_there_are(checkpoints):
     ],
 )
 def test_a_misfit_is_refused_with_the_reason(checkpoints, params, reason):
-    checkpoints.save(small(1), {})
+    checkpoints.save(small(1))
     state = TrainState(step=jnp.int32(1), params=params, rest={}, opt_state=small(1).opt_state, ema=None)
     with pytest.raises(CheckpointError, match="does not fit this model in .*" + reason) as error:
         checkpoints.restore(abstract_of(state), 1)
@@ -165,7 +163,7 @@ def test_a_misfit_is_refused_with_the_reason(checkpoints, params, reason):
 
 def test_another_width_is_refused(tiny, checkpoints):
     narrow, wide = tiny(), tiny(width=16)
-    checkpoints.save(narrow.init(), {})
+    checkpoints.save(narrow.init())
     with pytest.raises(CheckpointError, match=r"params.blocks.0.mixer.D is \(1, 8\) there and \(1, 16\) here"):
         checkpoints.restore(wide.abstract_state, 0)
 
@@ -179,8 +177,8 @@ def test_a_save_that_was_killed_is_not_a_checkpoint(tmp_path):
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
         assert checkpoints.steps == [1, 2]
         assert (checkpoints.best, checkpoints.last) == (2, 2)
-        checkpoints.save(small(3, value=5), {}, {METRIC: 0.7})
-        restored, _ = checkpoints.restore(abstract_of(small(3)), 3)
+        checkpoints.save(small(3, value=5), {METRIC: 0.7})
+        restored = checkpoints.restore(abstract_of(small(3)), 3)
         np.testing.assert_array_equal(restored.params["w"], small(3, value=5).params["w"])
     assert not list(tmp_path.glob("*tmp*"))
 
@@ -194,10 +192,12 @@ def test_the_names_and_shapes_of_a_checkpoints_arrays_stay(tiny):
     def group_of(name):
         if name.rpartition("[")[2].strip("']") in ("inv_dt", "A_real", "A_imag", "B"):
             return "ssm"
+        if name.endswith("['C']"):
+            return "ssm_c"
         return "no_decay" if name.endswith(("['bias']", "['scale']")) else "decay"
 
     expected = {".step": (), **named(PARAMS, ".params"), **named(PARAMS, ".ema")}
-    for group in ["decay", "no_decay", "ssm"]:
+    for group in ["decay", "no_decay", "ssm", "ssm_c"]:
         inner = f".opt_state[1].inner_states['{group}'].inner_state"
         members = {name: shape for name, shape in PARAMS.items() if group_of(name) == group}
         expected |= named(members, f"{inner}[0].mu") | named(members, f"{inner}[0].nu")

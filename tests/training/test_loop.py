@@ -34,8 +34,8 @@ class Recorded(Checkpoints):
     def last(self):
         return self.saved[-1][0] if self.saved else None
 
-    def save(self, state, data_position, metrics=None):
-        self.saved.append((int(state.step), data_position, metrics))
+    def save(self, state, metrics=None):
+        self.saved.append((int(state.step), metrics))
 
 
 class Trained:
@@ -56,7 +56,6 @@ class Trained:
                 state_at(start),
                 train_step=train_step,
                 batches=map(self.batch, losses),
-                data_position=lambda: {"taken": self.taken},
                 evaluate=self.evaluate,
                 schedule=lambda step: 0.1 * step,
                 checkpoints=self.checkpoints,
@@ -80,7 +79,7 @@ class Trained:
 
     @property
     def saved(self):
-        return [step for step, _, _ in self.checkpoints.saved]
+        return [step for step, _ in self.checkpoints.saved]
 
 
 @pytest.fixture
@@ -115,12 +114,8 @@ def test_the_last_step_is_evaluated_and_saved_once(tmp_path, total_steps):
 
 
 def test_scores_are_saved_with_the_models_they_belong_to(trained):
-    for step, _, scores in trained.checkpoints.saved:
+    for step, scores in trained.checkpoints.saved:
         assert scores == ({"val/loss": 0.5, "val/accuracy": step / 100} if step in (5, 10, 12) else None)
-
-
-def test_the_saved_position_in_the_data_is_that_of_the_state(trained):
-    assert [position for _, position, _ in trained.checkpoints.saved] == [{"taken": step} for step in trained.saved]
 
 
 def test_rows_are_written_at_their_cadence_and_whenever_a_model_is_saved(trained):
@@ -172,7 +167,7 @@ def test_a_loss_that_is_not_finite_ends_training_at_its_step(tmp_path, loss, at)
     recorded = Recorded()
     with pytest.raises(NonFiniteLossError) as error:
         Trained(tmp_path, losses=losses, checkpoints=recorded)
-    good = [step for step, _, _ in recorded.saved]
+    good = [step for step, _ in recorded.saved]
     assert good == [step for step in (4, 5, 8, 10, 12) if step < at]
     kept = f"the checkpoint of step {good[-1]} is kept" if good else "no checkpoint was saved yet"
     assert str(error.value).startswith(f"the loss is {np.float32(loss)} at step {at}; {kept}. Try a lower ")
@@ -201,6 +196,5 @@ def test_after_a_bad_loss_the_last_good_checkpoint_can_be_restored(tmp_path):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), state_at(0))
     with Checkpoints(tmp_path / "checkpoints", metric="val/accuracy") as checkpoints:
         assert checkpoints.steps == [4, 5]
-        state, position = checkpoints.restore(abstract, 5)
+        state = checkpoints.restore(abstract, 5)
     np.testing.assert_array_equal(state.params["w"], [5.0, 5.0])
-    assert position == {"taken": 5}

@@ -9,13 +9,9 @@ from flax import nnx
 
 from ssm_jax.training import sharding
 from ssm_jax.training.sharding import make_mesh
-from ssm_jax.training.steps import Classification
 
 SGD = optax.sgd(0.1)
 """For comparisons of gradients: AdamW turns rounding errors of small ones into steps of full size."""
-
-ALL = {"mask": jnp.ones(16, bool)}
-"""The mask of a full batch."""
 
 
 class Normed(nnx.Module):
@@ -108,7 +104,7 @@ def test_training_lowers_the_loss(averaging):
 def test_metrics_are_those_of_the_model_before_the_step(plain):
     state, batch = plain.init(), plain.batch()
     _, metrics = plain.step(state, batch)
-    _, logits = plain.eval(state, batch | ALL)
+    logits = plain.logits(state, batch)
     assert float(metrics["loss"]) == pytest.approx(cross_entropy(logits, batch["label"]).mean(), rel=1e-5)
     assert float(metrics["accuracy"]) == np.mean(np.argmax(np.asarray(logits), -1) == np.asarray(batch["label"]))
 
@@ -118,14 +114,6 @@ def test_the_gradient_norm_is_that_of_the_update(plain):
     after, metrics = plain.step(state, plain.batch())
     moved = jax.tree.leaves(jax.tree.map(lambda a, b: np.sum((a - b) ** 2), state.params, after.params))
     assert float(metrics["grad_norm"]) * 0.1 == pytest.approx(np.sqrt(sum(moved)), rel=1e-4)
-
-
-def test_label_smoothing_spreads_over_all_classes():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(6, 10)), jnp.float32)
-    labels = jnp.arange(6)
-    loss, metrics = Classification(10, prepare=lambda x: x, label_smoothing=0.2).loss(logits, {"label": labels})
-    assert float(loss) == pytest.approx(cross_entropy(logits, np.arange(6), smoothing=0.2).mean(), rel=1e-5)
-    assert float(metrics["loss"]) == float(loss)
 
 
 @pytest.mark.parametrize("on_mesh", [False, True])
@@ -147,7 +135,8 @@ def test_parts_of_a_batch_have_dropout_of_their_own(tiny):
     @jax.jit
     def logits_of_part(i):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), i)
-        return model(parts.task.prepare(batch["image"][:8]), rngs=nnx.Rngs(dropout=key))
+        _, dropout_key = jax.random.split(key)
+        return model(parts.prepare(batch["image"][:8]), rngs=nnx.Rngs(dropout=dropout_key))
 
     losses = [cross_entropy(logits_of_part(i), batch["label"][:8]).mean() for i in range(2)]
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
@@ -165,6 +154,43 @@ def test_the_average_of_parameters_follows_its_formula(averaging, assert_same):
         assert_same(state.ema, expected, rtol=1e-5, atol=1e-7)
 
 
+def test_the_weight_of_the_average_may_depend_on_the_step(tiny, assert_same):
+    """As in a warm-up: here the first step takes the new parameters alone, the second half of them."""
+    warming = tiny(ema=lambda step: jnp.where(step == 0, 0.0, 0.5))
+    first, _ = warming.step(warming.init(), warming.batch(0))
+    second, _ = warming.step(first, warming.batch(1))
+    assert_same(first.ema, first.params)
+    expected = jax.tree.map(lambda old, new: 0.5 * (old + new), first.params, second.params)
+    assert_same(second.ema, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_images_and_targets_are_augmented_anew_by_each_step_and_part(tiny, accumulate):
+    """Targets of chance, whose loss says what was drawn."""
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Random(tiny):
+        def augment(self, images, targets, key):
+            return self.prepare(images), jnp.full(targets.shape, jax.random.uniform(key))
+
+    def loss(step, part=0):
+        key = jax.random.fold_in(jax.random.key(0), step)
+        key = key if accumulate == 1 else jax.random.fold_in(key, part)
+        drawn = jax.random.uniform(jax.random.split(key)[0])
+        rows = slice(part, None, accumulate)
+        log_p = np.stack([-cross_entropy(logits[rows], np.full(16 // accumulate, c)) for c in range(10)])
+        return -float(drawn) * log_p.sum(0).mean()
+
+    random = Random(optimizer=optax.sgd(0.0), accumulate=accumulate)
+    state, batch = random.init(), random.batch()
+    logits = random.logits(state, batch)
+    for step in range(2):
+        state, metrics = random.step(state, batch)
+        expected = np.mean([loss(step, part) for part in range(accumulate)])
+        assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
+    assert loss(0) != loss(1)
+
+
 def test_without_averaging_there_is_no_average(plain):
     state, _ = plain.step(plain.init(), plain.batch())
     assert state.ema is None
@@ -175,7 +201,7 @@ def test_batch_statistics_are_carried_from_step_to_step(normed):
     for seed in range(2):
         batch = normed.batch(seed)
         state, _ = normed.step(state, batch)
-        expected = 0.5 * expected + 0.5 * float(normed.task.prepare(batch["image"]).mean())
+        expected = 0.5 * expected + 0.5 * float(normed.prepare(batch["image"]).mean())
     assert float(state.rest["norm"]["mean"][0]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -183,7 +209,7 @@ def test_batch_statistics_are_carried_from_part_to_part(tiny):
     normed = tiny(network=Normed, optimizer=SGD, accumulate=4)
     batch = normed.batch()
     state, _ = normed.step(normed.init(), batch)
-    images = np.asarray(normed.task.prepare(batch["image"]))
+    images = np.asarray(normed.prepare(batch["image"]))
     expected = 0.0
     for part in range(4):
         expected = 0.5 * expected + 0.5 * images[part::4].mean()  # rows are dealt out
@@ -191,38 +217,27 @@ def test_batch_statistics_are_carried_from_part_to_part(tiny):
 
 
 def test_evaluation_uses_the_batch_statistics(normed):
-    state, batch = normed.init(), normed.batch() | ALL
-    _, before = normed.eval(state, batch)
-    _, after = normed.eval(dataclasses.replace(state, rest=jax.tree.map(lambda x: x + 1, state.rest)), batch)
+    state, batch = normed.init(), normed.batch()
+    before = normed.logits(state, batch)
+    after = normed.logits(dataclasses.replace(state, rest=jax.tree.map(lambda x: x + 1, state.rest)), batch)
     assert np.abs(before - after).max() > 1e-3
 
 
-def test_evaluation_sums_over_the_real_rows_alone(dropping):
+def test_evaluation_scores_every_row(dropping):
     state, batch = dropping.init(), dropping.batch()
     mask = np.arange(16) % 3 != 0
-    sums, logits = dropping.eval(state, batch | {"mask": jnp.asarray(mask)})
-    assert logits.shape == (16, 10)
+    rows = dropping.eval(state.params, state.rest, batch | {"mask": jnp.asarray(mask)})
     labels = np.asarray(batch["label"])
-    assert float(sums["count"]) == mask.sum()
-    assert float(sums["loss"]) == pytest.approx(cross_entropy(logits, labels)[mask].sum(), rel=1e-5)
-    assert float(sums["accuracy"]) == (np.argmax(np.asarray(logits), -1) == labels)[mask].sum()
+    assert rows["logits"].shape == (16, 10)
+    np.testing.assert_array_equal(rows["label"], labels)
+    np.testing.assert_array_equal(rows["mask"], mask)
+    np.testing.assert_allclose(rows["loss"], cross_entropy(rows["logits"], labels), rtol=1e-4, atol=1e-6)
+    np.testing.assert_array_equal(rows["accuracy"], np.argmax(np.asarray(rows["logits"]), -1) == labels)
 
 
 def test_evaluation_has_no_dropout(dropping, plain):
-    batch = plain.batch() | ALL
-    _, logits = dropping.eval(dropping.init(), batch)
-    np.testing.assert_allclose(logits, plain.eval(plain.init(), batch)[1], rtol=1e-6)
-
-
-def test_evaluation_takes_the_averaged_parameters(averaging, plain):
-    state = averaging.init()
-    other = jax.tree.map(lambda x: x + 0.1, state.params)
-    batch = averaging.batch() | ALL
-    _, logits = averaging.eval(dataclasses.replace(state, params=other), batch)
-    _, expected = plain.eval(plain.init(), batch)
-    np.testing.assert_allclose(logits, expected, rtol=1e-6)
-    _, unlike = averaging.eval(dataclasses.replace(state, ema=other), batch)
-    assert np.abs(unlike - expected).max() > 1e-3
+    batch = plain.batch()
+    np.testing.assert_allclose(dropping.logits(dropping.init(), batch), plain.logits(plain.init(), batch), rtol=1e-6)
 
 
 def test_half_precision_trains_parameters_in_float32(tiny):
@@ -232,7 +247,7 @@ def test_half_precision_trains_parameters_in_float32(tiny):
         for _ in range(20):
             state, metrics = half.step(state, batch)
             losses.append(float(metrics["loss"]))
-        _, logits = half.eval(state, batch | ALL)
+        logits = half.logits(state, batch)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert metrics["loss"].dtype == jnp.float32
     assert logits.dtype == jnp.bfloat16
