@@ -21,21 +21,30 @@ from ssm_jax.training.steps import TrainState
 Scores = dict[int, dict[str, float]]
 """Scores on the test images, by resolution."""
 
+_COLUMNS = {"mean_average_precision": "mAP", "top5_accuracy": "top-5"}
+"""Headings that are not the name of the score."""
+
 
 def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> None:
     """Prints the scores of a checkpoint, described in words."""
     config = experiment.config
     table = Table(title=f"{config.model.name} on the {config.data.name} test images, {checkpoint}")
-    names = sorted(next(iter(scores.values())), key=lambda name: not name.endswith("loss"))
-    for column in ["resolution", "rate", "images", *(name.replace("_", " ") for name in names)]:
+    names = [name for name in next(iter(scores.values())) if not name.startswith("ema_")]
+    names.sort(key=lambda name: not name.endswith("loss"))
+    for column in ["resolution", "rate", "images", *(_COLUMNS.get(name, name.replace("_", " ")) for name in names)]:
         table.add_column(column, justify="right")
     for resolution, score in scores.items():
-        table.add_row(
-            f"{resolution} x {resolution}" + (" (training)" if resolution == experiment.resolution else ""),
-            f"{experiment.dataset.resolution / resolution:g}",
-            f"{len(experiment.dataset.splits['test']):,}",
-            *(f"{score[name]:.4f}" if name.endswith("loss") else f"{score[name]:.2%}" for name in names),
-        )
+        for prefix, of in {"": "", "ema_": ", averaged"}.items():
+            if f"{prefix}loss" in score:
+                values = ((name, score[prefix + name]) for name in names)
+                table.add_row(
+                    f"{resolution} x {resolution}"
+                    + (" (training)" if resolution == experiment.resolution else "")
+                    + of,
+                    f"{experiment.dataset.resolution / resolution:g}",
+                    f"{len(experiment.dataset.splits['test']):,}",
+                    *(f"{value:.4f}" if name.endswith("loss") else f"{value:.2%}" for name, value in values),
+                )
     Console().print(table)
 
 

@@ -15,11 +15,11 @@ from jaxtyping import Float
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 
-from ssm_jax import plots
 from ssm_jax.data import recipe
 from ssm_jax.data.datasets import Dataset
 from ssm_jax.data.pipeline import train_batches
 from ssm_jax.data.resolution import normalize, resample
+from ssm_jax.plots import image_sheet
 
 _FRAMES = 8
 _NAMED = 3
@@ -53,10 +53,10 @@ def preview(config: recipe.Options, rows: int) -> Figure:
     texts = [_text(row, dataset) for row in targets]
     title = f"{dataset.title}, {rows} rows of the first training batch at {resolution} x {resolution}"
     if dataset.frames is None:
-        return plots.image_sheet(images, texts, title=title)
+        return image_sheet(images, texts, title=title)
     shown = np.linspace(0, dataset.frames - 1, _FRAMES).round().astype(int)
     texts = [text if i == 0 else "" for text in texts for i in range(_FRAMES)]
-    return plots.image_sheet(images[:, shown].reshape(-1, *images.shape[2:]), texts, title=title, columns=_FRAMES)
+    return image_sheet(images[:, shown].reshape(-1, *images.shape[2:]), texts, title=title, columns=_FRAMES)
 
 
 def _text(targets: Float[np.ndarray, "classes"], dataset: Dataset) -> str:
