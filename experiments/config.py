@@ -89,7 +89,12 @@ def check(config: Config) -> None:
         ),
         "optimizer.warmup_epochs": (
             lambda x: 0 <= x < min((config.epochs, *config.stages.epochs)),
-            f"at least 0 and less than epochs={min((config.epochs, *config.stages.epochs))}",
+            "at least 0 and less than "
+            + (
+                f"the shortest of stages.epochs={config.stages.epochs}"
+                if config.stages.epochs
+                else f"epochs={config.epochs}"
+            ),
         ),
         "optimizer.decay_epochs": (
             lambda x: all(config.optimizer.warmup_epochs <= epoch < config.epochs for epoch in x),

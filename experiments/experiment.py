@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,10 +15,11 @@ import optax
 from flax import nnx
 
 import ssm_jax
+from experiments import smoke
 from experiments.config import Config, ConfigError, check, section
 from experiments.weights import built, start_from_file
 from ssm_jax.data import recipe
-from ssm_jax.data.datasets import Dataset, Source
+from ssm_jax.data.datasets import Dataset
 from ssm_jax.data.pipeline import Batches, eval_batches, train_batches
 from ssm_jax.data.resolution import normalize, resample
 from ssm_jax.training.optimizer import make_optimizer, param_groups
@@ -198,6 +200,11 @@ class Experiment:
             **self._reading,
         )
 
+    @functools.cached_property
+    def _broken(self) -> defaultdict[str, set[int]]:
+        """Numbers of the examples that could not be read, by split: each is reported once."""
+        return defaultdict(set)
+
     def evaluate(self, state: TrainState, split: str, resolution: int) -> Evaluation:
         """Scores a split, exactly, whatever the number of devices, see `ssm_jax.training.scores.mean_scores`.
 
@@ -205,7 +212,7 @@ class Experiment:
         """
         source = self.dataset.splits[split]
         params = {"": state.params} | ({} if state.ema is None else {"ema_": state.ema})
-        rows = self._rows(params, state.rest, source, resolution)
+        rows = self._rows(params, state.rest, split, resolution)
         options: dict[str, Any] = {
             "groups": getattr(source, "groups", None),  # the videos of clips
             "multi_label": self.dataset.multi_label,
@@ -218,11 +225,17 @@ class Experiment:
         return Evaluation(scores, *(rows[""][name] for name in ("logits", "label", "mask")))
 
     def _rows(
-        self, params: Mapping[str, Any], rest: Any, source: Source, resolution: int
+        self, params: Mapping[str, Any], rest: Any, split: str, resolution: int
     ) -> dict[str, dict[str, np.ndarray]]:
         """For each of several parameters, what the evaluation step returns for all examples, in order."""
-        batch_size = -(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size
-        batches = eval_batches(source, batch_size=batch_size, transform=self.eval_transform, **self._reading)
+        source = self.dataset.splits[split]
+        batches = eval_batches(
+            source,
+            batch_size=-(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size,
+            transform=self.eval_transform,
+            broken=self._broken[split],
+            **self._reading,
+        )
         step = self.eval_step(resolution)
         done, running = [], None
         for batch in map(self.put, batches):
@@ -239,9 +252,13 @@ class Experiment:
 
 def build(config: Config) -> Experiment:
     """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
+    if config.smoke:
+        config = smoke.cut(config)
     check(config)
     with section(config, "data"):
         dataset = recipe.load(config.data)
+    if config.smoke:
+        dataset = smoke.shorten(dataset, config)
     with section(config, "augment"):
         recipe.train_transform(dataset, config.data, config.augment)
     with section(config, "eval"):
@@ -259,9 +276,9 @@ def build(config: Config) -> Experiment:
     create = functools.partial(_create, config, dataset, bandlimit=stages[-1].bandlimit)
     with section(config, "model"):
         params = nnx.state(nnx.eval_shape(functools.partial(create, bandlimit=None)), nnx.Param)
-    for stage in stages:
+    if limited := [stage.bandlimit for stage in stages if stage.bandlimit is not None]:
         with section(config, "stages.bandlimits"):  # not every network has a mixer with one
-            nnx.eval_shape(functools.partial(create, bandlimit=stage.bandlimit))
+            nnx.eval_shape(functools.partial(create, bandlimit=limited[0]))
     schedule = functools.partial(_schedule, config.optimizer, stages, n_train // config.batch_size)
     with section(config, "optimizer"):
         options = {name: config.optimizer[name] for name in _OPTIMIZER}

@@ -70,22 +70,31 @@ def eval_batches(
     threads: int = 1,
     workers: int = 0,
     max_broken: float = 0.01,
+    broken: set[int] | None = None,
 ) -> "Batches":
     """All examples once, in order, with `mask` (b,) bool: False for unreadable ones, and rows that fill up a batch.
 
-    The arguments are those of `train_batches`.
+    The arguments are those of `train_batches`, and `broken`, a set for the numbers of what cannot be read: those that
+    it has already are not reported again.
     """
     numbers = range(-(-len(source) // batch_size))
-    return Batches(_batched(_EvalRow(source, transform), batch_size, numbers, threads, workers), source, max_broken)
+    batches = _batched(_EvalRow(source, transform), batch_size, numbers, threads, workers)
+    return Batches(batches, source, max_broken, broken)
 
 
 class Batches(Iterator[dict[str, np.ndarray]]):
     """An iterator over batches that names what cannot be read, once, and raises BrokenDataError when it is too much."""
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]], source: Source, max_broken: float):
-        """`batches` have the numbers of broken examples in `broken`."""
+    def __init__(
+        self,
+        batches: Iterator[dict[str, np.ndarray]],
+        source: Source,
+        max_broken: float,
+        broken: set[int] | None = None,
+    ):
+        """`batches` have the numbers of broken examples in `broken`; those of the set `broken` are known."""
         self._batches, self._source, self._max_broken = batches, source, max_broken
-        self.broken: set[int] = set()
+        self.broken = set() if broken is None else broken
         """Numbers of the examples that could not be read so far, by this process."""
 
     def __next__(self) -> dict[str, np.ndarray]:

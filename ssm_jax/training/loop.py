@@ -63,7 +63,7 @@ def fit(
             scores = evaluate(state)
             writer.write(step, scores)
             progress.print(
-                f"step {step:,}/{total_steps:,}  loss {means['loss']:.4f}  "
+                f"step {step:,}/{progress.total_steps:,}  loss {means['loss']:.4f}  "
                 + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
                 + f"  {rate:,.0f} images/s"
             )

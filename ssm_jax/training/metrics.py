@@ -63,6 +63,7 @@ class ProgressBar:
 
     def __init__(self, *, total_steps: int, step: int):
         """Starts at `step` of `total_steps`."""
+        self.total_steps = total_steps
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

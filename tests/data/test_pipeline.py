@@ -236,6 +236,8 @@ def test_unreadable_examples_are_masked_in_evaluation(batch_size, warnings):
     mask = np.concatenate([batch["mask"] for batch in whole])
     assert labels(whole)[mask].tolist() == [i for i in range(COUNT) if i not in BROKEN]
     assert len(warnings()) == 3
+    list(evaluation(batch_size, source=Images(BROKEN), max_broken=0.2, broken=batches.broken))
+    assert len(warnings()) == 3  # those are known
 
 
 def test_more_unreadable_examples_than_allowed_end_the_run():

@@ -1,0 +1,110 @@
+"""The smallest run of a recipe's kind: its network, but narrow and shallow, for two steps of each stage of training.
+
+Images keep their sizes and datasets their classes; all else of the recipe that costs time is cut.
+"""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments.config import Config
+from ssm_jax.data.datasets import Dataset, Source
+
+_STEPS = 2
+"""In each stage of training."""
+
+_ROWS = 2
+"""Of a part of a batch, on each device."""
+
+_SIZES: dict[str, dict[str, Any]] = {
+    "convnext*": {"depths": (1, 1, 1, 1), "dims": (2, 4, 8, 8)},
+    "convnext*s4nd*": {"stem_channels": 4},
+    "deit*": {"d_model": 32, "depth": 2, "num_heads": 2},
+    "isotropic*": {"d_model": 8, "n_layers": 1},
+    "pvt_v2*": {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)},
+    "resnet[0-9]*": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8), "stem_width": 8},
+    "resnet_cifar*": {"depth": 11, "dims": (8, 8, 8), "stem_width": 8},
+    "swin*": {"d_model": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)},  # two: windows also shift
+    "vit*": {"d_model": 32, "depth": 2},
+    "vit*[!d]": {"num_heads": 2},  # not of those that end with s4nd
+}
+"""Arguments of the networks whose names match a pattern."""
+
+
+def cut(config: Config) -> Config:
+    """The config of a run with the same constructors and options, of which little else is left.
+
+    Steps are two per stage for a dataset that `shorten` has cut, and what is given in epochs keeps its share of them.
+    """
+    cut = config.copy_and_resolve_references()
+    cut.unlock()
+    accumulate = min(config.accumulate, 2)
+    rows = _ROWS * jax.device_count()
+    stages = len(config.stages.epochs)
+    cut.update(
+        model=_cut_model(config.model.to_dict()),
+        weights="",  # of the whole network
+        batch_size=rows * accumulate,
+        accumulate=accumulate,
+        epochs=float(max(stages, 1)),
+        checkpoint_every_epochs=float(max(stages, 1)),
+        log_every_steps=1,
+    )
+    cut.stages.epochs = (1.0,) * stages
+    cut.augment.mix_group = rows
+    cut.eval.update(batch_size=rows, every_epochs=cut.epochs)
+    share = cut.epochs / config.epochs
+    options = config.optimizer
+    cut.optimizer.update(
+        warmup_epochs=share * options.warmup_epochs,
+        decay_epochs=tuple(share * epoch for epoch in options.decay_epochs),
+    )
+    if options.cosine_epochs is not None:
+        cut.optimizer.cosine_epochs = share * options.cosine_epochs
+    cut.lock()
+    return cut
+
+
+def shorten(dataset: Dataset, config: Config) -> Dataset:
+    """The first examples of each split: as many as a cut config needs for its steps, and for one evaluation."""
+    counts = {"train": _STEPS * config.batch_size}
+    splits = {name: _First(source, counts.get(name, config.eval.batch_size)) for name, source in dataset.splits.items()}
+    return dataclasses.replace(dataset, splits=splits)
+
+
+def _cut_model(model: dict[str, Any]) -> dict[str, Any]:
+    """A network's arguments with other sizes."""
+    sizes = {
+        argument: value
+        for pattern, arguments in _SIZES.items()
+        if fnmatch.fnmatch(model["name"], pattern)
+        for argument, value in arguments.items()
+    }
+    if "s4nd" in model["name"]:
+        sizes["mixer"] = {**model.get("mixer", {}), "d_state": 8}
+    return model | sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class _First:
+    """The first examples of a source, again and again if there are fewer."""
+
+    source: Source
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[index % len(self.source)]
+
+    def name(self, index: int) -> str:
+        return self.source.name(index % len(self.source))
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        groups = getattr(self.source, "groups", None)
+        return None if groups is None else np.resize(groups, self.count)
