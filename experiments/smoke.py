@@ -16,9 +16,6 @@ from ssm_jax.data.datasets import Dataset, Source
 _STEPS = 2
 """In each stage of training."""
 
-_ROWS = 2
-"""Of a part of a batch, on each device."""
-
 _SIZES: dict[str, dict[str, Any]] = {
     "convnext*": {"depths": (1, 1, 1, 1), "dims": (2, 4, 8, 8)},
     "convnext*s4nd*": {"stem_channels": 4},
@@ -42,7 +39,7 @@ def cut(config: Config) -> Config:
     cut = config.copy_and_resolve_references()
     cut.unlock()
     accumulate = min(config.accumulate, 2)
-    rows = _ROWS * jax.device_count()
+    rows = jax.device_count() * (1 if config.data.name == "hmdb51" else 2)  # a clip is 30 images
     stages = len(config.stages.epochs)
     cut.update(
         model=_cut_model(config.model.to_dict()),

@@ -208,7 +208,7 @@ def test_a_run_that_is_stopped_in_any_stage_and_started_again_ends_as_an_unbroke
     [
         ("epochs", (1.0, 1.0), r"stages\.epochs must be positive and add up to epochs=3\.0, got \(1\.0, 1\.0\)"),
         ("epochs", (4.0, -1.0), r"stages\.epochs must be positive and add up to epochs=3\.0"),
-        ("epochs", (0.5, 2.5), r"optimizer\.warmup_epochs must be at least 0 and less than the shortest of stages\.epochs"),
+        ("epochs", (0.5, 2.5), r"optimizer\.warmup_epochs must be .* less than the shortest of stages\.epochs"),
         ("epochs", (3.0,), r"stages\.resolutions must be as many whole numbers as there are stages\.epochs=\(3\.0,\)"),
         ("epochs", (), r"stages\.resolutions must be as many whole numbers as there are stages\.epochs=\(\)"),
         ("resolutions", (4, 8, 8), r"stages\.resolutions must be as many whole numbers as there are stages\.epochs"),
