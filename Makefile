@@ -42,7 +42,7 @@ lock: .venv/installed  ## writes constraints.txt: exact versions of everything i
 		constraints.txt && rm constraints.txt.bak
 
 clean:  ## removes the virtual environment and caches; runs/ stays
-	rm -rf .venv .ruff_cache .hypothesis
+	rm -rf .venv .ruff_cache .hypothesis .jax_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt

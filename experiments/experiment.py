@@ -19,7 +19,7 @@ from experiments import smoke
 from experiments.config import Config, ConfigError, check, section
 from experiments.weights import built, start_from_file
 from ssm_jax.data import recipe
-from ssm_jax.data.datasets import Dataset
+from ssm_jax.data.datasets import Dataset, Source
 from ssm_jax.data.pipeline import Batches, eval_batches, train_batches
 from ssm_jax.data.resolution import normalize, resample
 from ssm_jax.training.optimizer import make_optimizer, param_groups
@@ -35,8 +35,8 @@ _OPTIMIZER = (
 )
 """Fields of config.optimizer that are arguments of `make_optimizer`; the rest is of the schedule."""
 
-_SMALL = 64
-"""Images up to this side are read by one thread: for them more only contend for the interpreter's lock."""
+_SMALL = 16_384
+"""Bytes of an image, encoded or not, up to which one thread reads: more would contend for the interpreter's lock."""
 
 
 class Stage(NamedTuple):
@@ -172,10 +172,11 @@ class Experiment:
         """Sends the rows that this process holds of a batch to the mesh."""
         return put_batch(batch, batch_sharding(self.mesh))
 
-    @property
-    def _reading(self) -> dict[str, Any]:
+    def _reading(self, source: Source) -> dict[str, Any]:
         options = self.config.data
-        threads = 1 if self.dataset.resolution <= _SMALL else os.cpu_count() or 1
+        image = source[0].get("image")  # None for a video
+        small = image is not None and memoryview(image).nbytes <= _SMALL
+        threads = 1 if small else os.cpu_count() or 1
         return {"threads": threads, "workers": options.workers, "max_broken": options.max_broken}
 
     @functools.cached_property
@@ -190,14 +191,15 @@ class Experiment:
 
     def train_batches(self, start: int = 0) -> Batches:
         """Batches of the training split from the step `start` on, see `ssm_jax.data.pipeline.train_batches`."""
+        source = self.dataset.splits["train"]
         return train_batches(
-            self.dataset.splits["train"],
+            source,
             batch_size=self.config.batch_size,
             transform=self.train_transform,
             seed=self.config.seed,
             start=start,
             repeats=self.config.augment.repeats,
-            **self._reading,
+            **self._reading(source),
         )
 
     @functools.cached_property
@@ -234,7 +236,7 @@ class Experiment:
             batch_size=-(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size,
             transform=self.eval_transform,
             broken=self._broken[split],
-            **self._reading,
+            **self._reading(source),
         )
         step = self.eval_step(resolution)
         done, running = [], None

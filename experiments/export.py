@@ -16,9 +16,6 @@ from experiments.evaluate import CHECKPOINT, find, restore
 from experiments.experiment import build
 from ssm_jax.pretrained import save_safetensors
 
-_OUT = flags.DEFINE_string("out", None, "The file, FILE.safetensors.", required=True)
-_EMA = flags.DEFINE_bool("ema", False, "Write the averaged parameters.")
-
 
 def export(config: Config, checkpoint: epath.PathLike, out: epath.PathLike, *, ema: bool = False) -> None:
     """Writes the best checkpoint of a run, or the one given, to the file `out`."""
@@ -38,4 +35,6 @@ def export(config: Config, checkpoint: epath.PathLike, out: epath.PathLike, *, e
 
 
 if __name__ == "__main__":
+    _OUT = flags.DEFINE_string("out", None, "The file, FILE.safetensors.", required=True)
+    _EMA = flags.DEFINE_bool("ema", False, "Write the averaged parameters.")
     run_command(lambda: export(config_flag.value, CHECKPOINT.value, _OUT.value, ema=_EMA.value))

@@ -4,7 +4,6 @@ An example that is read is a function of the source, the seed and the number of 
 of nothing else: not of threads, worker processes, hosts or where a run was interrupted.
 """
 
-import concurrent.futures
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +17,9 @@ from absl import flags, logging
 from ssm_jax.data.datasets import Source
 from ssm_jax.data.decode import BrokenExampleError
 
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)  # batches
+_READ_AHEAD = 4
+"""Batches, at least."""
+
 _TRIES = 100
 
 
@@ -51,8 +52,8 @@ def train_batches(
         repeats: times that an example is in an epoch, one after the other, each time augmented anew; an epoch has as
             many rows as before, and so only 1 / repeats of the examples (repeated augmentation, arXiv:1901.09335, as in
             DeiT).
-        threads: in which this process reads, if there are no `workers`. More than one pays for large images only: of
-            small ones they spend their time waiting for the interpreter's lock.
+        threads: in which this process reads, if there are no `workers`, each a batch of its own. More than one pays for
+            large images only: of small ones they spend their time waiting for the interpreter's lock.
         workers: processes that read.
         max_broken: share of the examples that may be unreadable; others take their places, chosen by the row's
             generator.
@@ -159,16 +160,10 @@ class _Batch:
     batch_size: int
     first: int
     rows: int
-    threads: int
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         start = number * self.batch_size + self.first
-        own = range(start, start + self.rows)
-        if self.threads == 1:
-            examples = [*map(self.read, own)]
-        else:
-            with concurrent.futures.ThreadPoolExecutor(self.threads) as pool:
-                examples = [*pool.map(self.read, own)]
+        examples = [self.read(row) for row in range(start, start + self.rows)]
         return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 
@@ -178,8 +173,10 @@ def _batched(
     """Rows of the batches `numbers` that belong to this process, read ahead."""
     # Whole parts are dealt out, so that the rows of all processes, one after the other, are in order.
     rows = batch_size // jax.process_count()
-    batch = _Batch(read, batch_size, jax.process_index() * rows, rows, 1 if workers else threads)
-    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch).to_iter_dataset(_READ_AHEAD)
+    batch = _Batch(read, batch_size, jax.process_index() * rows, rows)
+    threads = 1 if workers else threads
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(threads, _READ_AHEAD))
+    batches = grain.MapDataset.range(numbers.start, numbers.stop).map(batch).to_iter_dataset(ahead)
     if workers:
         if not flags.FLAGS.is_parsed():  # in a notebook; grain hands the flags to its processes
             flags.FLAGS.mark_as_parsed()

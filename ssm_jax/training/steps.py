@@ -124,7 +124,7 @@ def make_eval_step(
 
     def step(params, rest, batch: Batch) -> dict[str, Array]:
         model = nnx.merge(graphdef, params, rest, copy=True)
-        logits = model(prepare(batch["image"]), rate=rate)
+        logits = model(prepare(batch["image"]), rate=rate).astype(jnp.float32)
         return {
             **task.evaluate(logits, batch["label"]),
             "logits": logits,

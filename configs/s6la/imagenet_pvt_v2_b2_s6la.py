@@ -1,0 +1,17 @@
+r"""PVTv2-B2 on ImageNet with S6LA.
+
+    python -m experiments.train --config=configs/s6la/imagenet_pvt_v2_b2_s6la.py --workdir=runs/pvt_v2_b2_s6la
+
+Not run by this project. An independent implementation: no settings and no numbers of S6LA's paper (arXiv:2502.10463)
+are known here. The recipe is PVTv2's; S6LA in a network without a class token is this project's reading.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import imagenet
+
+
+def get_config() -> ConfigDict:
+    config = imagenet.pvt_v2("pvt_v2_b2_s6la")
+    config.published.source = "not stated: S6LA's paper could not be read"
+    return config

@@ -1,0 +1,16 @@
+r"""ResNet-101 on ImageNet with ECA.
+
+    python -m experiments.train --config=configs/s6la/imagenet_resnet101_eca.py --workdir=runs/resnet101_eca
+
+Not run by this project. The recipe is RLANet's, for a fair comparison; ECANet's own is another.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import imagenet
+
+
+def get_config() -> ConfigDict:
+    config = imagenet.resnet("resnet101_eca")
+    config.published.update(value=78.65, source="ECANet's README")
+    return config

@@ -1,0 +1,17 @@
+r"""ResNet-101 on ImageNet with MRLA-light.
+
+    python -m experiments.train --config=configs/s6la/imagenet_resnet101_mrla_light.py --workdir=runs/resnet101_light
+
+Not run by this project. The recipe is MRLA's (arXiv:2302.03985); when the rate falls, counted from the end of the
+warm-up, is inferred.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import imagenet
+
+
+def get_config() -> ConfigDict:
+    config = imagenet.resnet_mrla("resnet101_mrla_light")
+    config.published.update(value=78.66, source="MRLA's checkpoint names")
+    return config

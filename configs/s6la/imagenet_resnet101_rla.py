@@ -1,0 +1,21 @@
+r"""ResNet-101 on ImageNet with RLA.
+
+    python -m experiments.train --config=configs/s6la/imagenet_resnet101_rla.py --workdir=runs/resnet101_rla
+
+Not run by this project. The recipe is RLANet's (arXiv:2110.11852). RLA-ECA-ResNet-101, with ECA in the
+blocks too, is imagenet_resnet101_rla.py:eca.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import imagenet
+
+VARIANTS = ("", "eca")
+
+
+def get_config(attention: str = "") -> ConfigDict:
+    if attention not in VARIANTS:
+        raise ValueError(f"--config=FILE:ATTENTION takes eca or nothing, got {attention!r}.")
+    config = imagenet.resnet("resnet101_rla", channel_attention=attention or "none")
+    config.published.update(value=79.0 if attention else 78.52, source="RLANet's README")
+    return config

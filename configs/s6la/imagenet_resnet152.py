@@ -1,0 +1,16 @@
+r"""ResNet-152 on ImageNet, the baseline of S6LA and its peers.
+
+    python -m experiments.train --config=configs/s6la/imagenet_resnet152.py --workdir=runs/resnet152
+
+Not run by this project. The recipe is RLANet's, for a fair comparison.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.common import imagenet
+
+
+def get_config() -> ConfigDict:
+    config = imagenet.resnet("resnet152")
+    config.published.source = "not stated: none known for this recipe"
+    return config
