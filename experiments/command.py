@@ -3,9 +3,11 @@
 import difflib
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import jax
 from absl import app, flags, logging
@@ -16,6 +18,8 @@ from ssm_jax.data.pipeline import BrokenDataError
 from ssm_jax.training.checkpoints import CheckpointError
 from ssm_jax.training.loop import NonFiniteLossError
 
+_T = TypeVar("_T")
+
 config_flag = config_flags.DEFINE_config_file(
     "config", None, "Config file; override its fields with --config.FIELD=VALUE.", lock_config=True
 )
@@ -23,10 +27,13 @@ config_flag = config_flags.DEFINE_config_file(
 INTERRUPTED = 130
 """Exit status, that of shells for Ctrl-C."""
 
+_interrupted = threading.Event()
+
 
 def run_command(main: Callable[[], Any]) -> None:
     """Parses the flags and runs `main`. Mistakes of the user end the process with a message and status 1 or 2."""
     flags.mark_flag_as_required("config")
+    signal.signal(signal.SIGINT, _interrupt)
 
     def run(argv: Sequence[str]) -> None:
         if len(argv) > 1:
@@ -42,6 +49,23 @@ def run_command(main: Callable[[], Any]) -> None:
             fail("stopped; the same command goes on from the last checkpoint.", status=INTERRUPTED)
 
     app.run(run, flags_parser=parse)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    del signum, frame
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def until_interrupted(items: Iterable[_T]) -> Iterator[_T]:
+    """The items, up to Ctrl-C.
+
+    Its KeyboardInterrupt is lost where it happens to be raised in a callback of a library that ignores exceptions.
+    """
+    for item in items:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        yield item
 
 
 def parse(argv: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from experiments import report
-from experiments.command import config_flag, run_command
+from experiments.command import config_flag, run_command, until_interrupted
 from experiments.config import Config, claim_workdir
 from experiments.experiment import Experiment, build
 from ssm_jax.training.checkpoints import Checkpoints
@@ -48,7 +48,7 @@ def _fit(experiment: Experiment, workdir: epath.Path, checkpoints: Checkpoints) 
     last = checkpoints.last
     state = experiment.init() if last is None else checkpoints.restore(experiment.abstract_state, last)
     start = last or 0
-    batches = map(experiment.put, experiment.train_batches(start))
+    batches = map(experiment.put, until_interrupted(experiment.train_batches(start)))
 
     def evaluate(state: TrainState) -> dict[str, float]:
         scores = experiment.evaluate(state, "val", experiment.resolution).scores

@@ -40,7 +40,7 @@ def prepare(folder: Path, name: str, features: Any, splits: Mapping[str, list[di
     with tfds.core.registered.skip_registration():
 
         class StandIn(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
+            VERSION = tfds.core.Version("3.0.2")
             pkg_dir_path = folder
 
             def _info(self):

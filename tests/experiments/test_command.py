@@ -1,6 +1,11 @@
+import contextlib
+import itertools
 import signal
+import threading
 
 import pytest
+
+from experiments.command import _interrupt, until_interrupted
 
 
 @pytest.fixture
@@ -70,11 +75,26 @@ def test_an_impossible_value_is_refused(refused):
     assert refused("--config.model.mixer.d_state=5").startswith("error: config.model.mixer.d_state must be even")
 
 
+def test_an_interrupt_that_got_lost_ends_the_run_at_the_next_batch(monkeypatch):
+    """As in a destructor, where Python prints exceptions and goes on."""
+    interrupted = threading.Event()
+    monkeypatch.setattr("experiments.command._interrupted", interrupted)
+    batches = until_interrupted(itertools.count())
+    assert [next(batches), next(batches)] == [0, 1]
+    with contextlib.suppress(KeyboardInterrupt):
+        _interrupt(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+
+
 def test_an_interrupted_run_says_how_it_goes_on(command, tmp_path):
     process = command().start(f"--workdir={tmp_path}", "--config.epochs=10000", "--config.eval.every_epochs=10000")
     assert "steps of 256 images" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "error: stopped; the same command goes on from the last checkpoint." in errors
     assert "Traceback" not in errors
