@@ -38,7 +38,7 @@ def section(config: Config, name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        argument = str(error).split(maxsplit=1)[0]
+        argument = str(error).split(maxsplit=1)[0].removesuffix("'s")
         fields = [field for field in flatten(config) if field.startswith(f"{name}.") and field.endswith(f".{argument}")]
         message = str(error).removeprefix(argument)
         raise ConfigError(f"config.{fields[0]}{message}" if fields else f"config.{name}: {error}") from error

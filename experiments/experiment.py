@@ -254,9 +254,10 @@ class Experiment:
 
 def build(config: Config) -> Experiment:
     """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
+    check(config)
     if config.smoke:
         config = smoke.cut(config)
-    check(config)
+        check(config)
     with section(config, "data"):
         dataset = recipe.load(config.data)
     if config.smoke:

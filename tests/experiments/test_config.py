@@ -31,6 +31,7 @@ def workdir(tmp_path):
             "hmdb51, image_folder, imagenet2012, tiny_imagenet20, got 'digitz'. Did you mean 'digits'?",
         ),
         ("data.resolution", 0, "config.data.resolution must be at least 1, got 0"),
+        ("augment.rand_augment", "rand-m99", "config.augment.rand_augment's m is the level, an integer from 0 to 10"),
         ("augment.crop_padding", -1, "config.augment.crop_padding must not be negative, got -1"),
         ("dtype", "float16", "config.dtype must be 'float32' or 'bfloat16', got 'float16'"),
         ("batch_size", 60, "config.batch_size must be a multiple of 8 (8 devices x accumulate=1)"),
