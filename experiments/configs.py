@@ -50,7 +50,8 @@ Every recipe of the papers is a file in `configs/`, built from functions in `con
     python -m experiments.train --config=configs/FILE --workdir=runs/NAME --config.data.dir=FOLDER
 
 What comes after a colon in FILE is a variant of it. To see in a minute whether it starts at all on your data and
-devices, add `--config.smoke=true`: it takes two steps with a tiny network of the kind.
+devices, add `--config.smoke=True`, and another workdir: it takes two steps with a tiny network of the kind, from random
+parameters.
 
 None of these has been run to its end by this project unless its file says so. *Published* is what others report for the
 recipe, never a result of this project: in per cent, and with where it is from. Parameters are counted for as many

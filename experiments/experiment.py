@@ -255,6 +255,7 @@ class Experiment:
 def build(config: Config) -> Experiment:
     """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
     check(config)
+    _check_mixing(config)
     if config.smoke:
         config = smoke.cut(config)
         check(config)
@@ -274,7 +275,6 @@ def build(config: Config) -> Experiment:
             f"config.batch_size must be a multiple of {parts} ({mesh.size} devices x accumulate={config.accumulate}) "
             f"and at most {n_train}, the images of {config.data.name}, got {config.batch_size}."
         )
-    _check_mixing(config)
     stages = _stages(config, dataset.resolution, n_train // config.batch_size)
     create = functools.partial(_create, config, dataset, bandlimit=stages[-1].bandlimit)
     with section(config, "model"):

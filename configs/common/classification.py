@@ -88,6 +88,6 @@ def get_config() -> ConfigDict:
                 "metric": "",
                 "source": "",
             },
-            "smoke": False,  # cut to two steps of a small network of the kind, to see that everything fits together
+            "smoke": False,  # cut to two steps of each stage of a small network of the kind, without `weights`
         }
     )

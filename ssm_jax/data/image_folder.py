@@ -92,7 +92,7 @@ def _listing(folder: epath.Path) -> dict[str, np.ndarray]:
         found = sorted(file for file in file_names(folder / name) if file.lower().endswith(_SUFFIXES))
         return np.array(found, np.dtypes.StringDType())  # here already: as a list they would take three times as much
 
-    names = sorted(file_names(folder))
+    names = sorted(name for name in file_names(folder) if not name.startswith("."))  # .ipynb_checkpoints is no class
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         return {name: files for name, files in zip(names, pool.map(images, names), strict=True) if files is not None}
 

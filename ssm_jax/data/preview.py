@@ -79,6 +79,7 @@ if __name__ == "__main__":
             figure = preview(_CONFIG.value, _ROWS.value)
         except ValueError as error:
             sys.exit(f"error: {error}")
+        epath.Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
         with epath.Path(_OUT.value).open("wb") as file:
             figure.savefig(file, dpi=100)
         print(_OUT.value)

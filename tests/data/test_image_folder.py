@@ -87,3 +87,12 @@ def test_20_classes_of_tiny_imagenet_are_read_whole(shared):
         assert decode_image(source[0]["image"]).size == (64, 64)
         last = source[len(source) - 1]
         assert f"/{dataset.class_names[last['label']]}/" in source.name(len(source) - 1)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for name in ("train/ant/a.png", "val/ant/b.png", "train/.ipynb_checkpoints/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    dataset = load_dataset("image_folder", str(tmp_path))
+    assert dataset.class_names == ("ant",)
+    assert len(dataset.splits["train"]) == 1
