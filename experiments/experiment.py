@@ -203,8 +203,8 @@ class Experiment:
         )
 
     @functools.cached_property
-    def _broken(self) -> defaultdict[str, set[int]]:
-        """Numbers of the examples that could not be read, by split: each is reported once."""
+    def _broken(self) -> defaultdict[int, set[int]]:
+        """Numbers of the examples that could not be read, by source (val may be test): each is reported once."""
         return defaultdict(set)
 
     def evaluate(self, state: TrainState, split: str, resolution: int) -> Evaluation:
@@ -235,7 +235,7 @@ class Experiment:
             source,
             batch_size=-(-self.config.eval.batch_size // self.mesh.size) * self.mesh.size,
             transform=self.eval_transform,
-            broken=self._broken[split],
+            broken=self._broken[id(source)],
             **self._reading(source),
         )
         step = self.eval_step(resolution)

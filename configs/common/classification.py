@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             "model": {"name": ""},  # of ssm_jax.list_models(), with arguments of its constructor
             "weights": "",  # file of a network's parameters to start from; one over images is inflated for video
             "data": {
-                "name": "",  # of ssm_jax.data.datasets.list_datasets()
+                "name": "",  # of the datasets in docs/data.md
                 "dir": "",  # of the dataset; "": ~/tensorflow_datasets, ~/imagenet, ~/coco or ~/hmdb51
                 "image_size": config_dict.placeholder(int),  # base resolution; None: the dataset's own
                 "resolution": config_dict.placeholder(int),  # of training images; None: the base resolution

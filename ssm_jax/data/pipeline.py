@@ -103,7 +103,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         found = batch.pop("broken")
         for index in sorted({*found[found >= 0].tolist()} - self.broken):
             self.broken.add(index)
-            logging.warning("%s cannot be read and is left out.", self._source.name(index))
+            name, count = self._source.name(index), len(self._source)
+            logging.warning("%s cannot be read, %d of %d examples so far.", name, len(self.broken), count)
         if len(self.broken) > self._max_broken * len(self._source):
             raise BrokenDataError(
                 f"{len(self.broken)} of {len(self._source)} examples cannot be read, more than "

@@ -213,7 +213,9 @@ def test_others_take_the_places_of_unreadable_examples(options, warnings):
             np.testing.assert_array_equal(broken[name][readable], whole[name][readable])
         assert not np.isin(broken["label"], BROKEN).any()
     assert batches.broken == {*BROKEN}
-    assert warnings() == [f"image {i} cannot be read and is left out." for i in BROKEN]  # once each, of three times
+    assert warnings() == [
+        f"image {i} cannot be read, {n} of 23 examples so far." for n, i in enumerate(BROKEN, 1)
+    ]  # once each, of three times
 
 
 def test_substitutes_are_drawn_by_the_row():

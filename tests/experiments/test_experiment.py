@@ -1,3 +1,5 @@
+import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -6,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.experiment import build
+from ssm_jax.training.tasks import Classification, MultiLabel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = [path.relative_to(ROOT) for path in sorted((ROOT / "configs").glob("*/*.py"))]
@@ -98,3 +101,57 @@ def test_the_model_is_told_the_resolution_of_its_images(tiny_config, monkeypatch
     with jax.set_mesh(experiment.mesh):
         jax.eval_shape(experiment.train_step(experiment.stages[0]), experiment.abstract_state, batch)
     assert seen == [((4, 4, 1), 2.0)]
+
+
+def test_the_rate_may_be_timms(tiny_config):
+    """No prefix, held for an epoch, its end before the training's: S4ND's schedule for ImageNet."""
+    fields = {
+        "optimizer.warmup_epochs": 2.0,
+        "optimizer.warmup_lr": 1e-4,
+        "optimizer.warmup_prefix": False,
+        "optimizer.cosine_epochs": 8.0,
+        "optimizer.end_lr": 1e-3,
+        "optimizer.per_epoch": True,
+    }
+    built = build(tiny_config(epochs=10.0, **fields))
+    cosine = [1e-3 + (1e-2 - 1e-3) * (1 + np.cos(np.pi * epoch / 8)) / 2 for epoch in range(8)]
+    expected = [1e-4, (1e-4 + 1e-2) / 2, *cosine[2:], 1e-3, 1e-3]
+    rates = [float(built.schedule(step)) for step in range(10 * built.steps_per_epoch)]
+    np.testing.assert_allclose(rates, np.repeat(expected, built.steps_per_epoch), rtol=1e-5)
+
+
+def test_groups_of_parameters_follow_the_config(tiny_config):
+    """After one step of SGD each has moved by its own rate times its gradient and decay."""
+    fields = {
+        "optimizer.name": "sgd",
+        "optimizer.momentum": 0.0,
+        "optimizer.warmup_epochs": 0.0,
+        "optimizer.lr": 0.5,
+        "optimizer.ssm_lr": 0.25,
+        "optimizer.ssm_c_lr": 0.125,
+        "optimizer.weight_decay": 0.5,
+        "optimizer.decay_rule": "all",
+    }
+    built = build(tiny_config(**fields))
+    params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), built.abstract_state.params)
+    gradients = jax.tree.map(np.ones_like, params)
+    updates, _ = built.optimizer.update(gradients, built.optimizer.init(params), params)
+    kernel = updates["blocks"][0]["mixer"]["kernels"][0]
+    np.testing.assert_allclose(kernel["A_real"], -0.25)
+    np.testing.assert_allclose(kernel["C"], -0.125 * 1.5)
+    np.testing.assert_allclose(updates["head"]["bias"], -0.5 * 1.5)
+
+
+def test_the_task_is_the_datasets_with_the_configs_smoothing(experiment, tiny_config):
+    smooth = build(tiny_config(label_smoothing=0.1, double_label_smoothing=True)).task
+    assert smooth == Classification(10, label_smoothing=0.1, double_label_smoothing=True)
+    labelled = dataclasses.replace(experiment, dataset=dataclasses.replace(experiment.dataset, multi_label=True))
+    assert labelled.task == MultiLabel(10)
+
+
+def test_training_reads_from_its_step_on_and_repeats_examples(tiny_config):
+    built = build(tiny_config(**{"augment.repeats": 2, "batch_size": 16}))
+    first, second, third = (batch["label"] for batch in itertools.islice(built.train_batches(), 3))
+    for labels in (first, second, third):
+        np.testing.assert_array_equal(labels[::2], labels[1::2])
+    np.testing.assert_array_equal(next(built.train_batches(2))["label"], third)
