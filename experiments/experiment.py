@@ -25,7 +25,7 @@ from ssm_jax.data.resolution import normalize, resample
 from ssm_jax.training.optimizer import make_optimizer, param_groups
 from ssm_jax.training.schedules import ema_decay_at, learning_rate, restarted
 from ssm_jax.training.scores import mean_scores
-from ssm_jax.training.sharding import batch_sharding, make_mesh, put_batch, replicated, state_shardings
+from ssm_jax.training.sharding import batch_sharding, gather, make_mesh, put_batch, replicated, state_shardings
 from ssm_jax.training.steps import TrainState, init_state, make_eval_step, make_train_step
 from ssm_jax.training.tasks import Classification, MultiLabel, Task
 
@@ -99,7 +99,7 @@ class Experiment:
     def abstract_state(self) -> TrainState:
         """Shape, dtype and sharding of everything in the state."""
         abstract = jax.eval_shape(self._init)
-        shardings = state_shardings(abstract, self.mesh)
+        shardings = state_shardings(abstract, self.mesh, self.config.sharding_rules)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
     @functools.cached_property
@@ -113,6 +113,9 @@ class Experiment:
         model = built(self.create_model)
         start_from_file(self.config, model, _arguments(self.config, self.dataset))
         return jax.device_put(self._state(model), self._shardings)
+
+    def _gather(self, params: Any) -> Any:
+        return gather(params, self._shardings.params)
 
     @property
     def task(self) -> Task:
@@ -146,6 +149,7 @@ class Experiment:
                 seed=config.seed,
                 accumulate=config.accumulate,
                 ema_decay=average if config.ema_decay else None,
+                gather=self._gather,
             )
             return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, replicated(self.mesh)))
 
@@ -163,7 +167,8 @@ class Experiment:
             def prepare(images):
                 return resample(self._normalize(images), resolution)
 
-            step = make_eval_step(graphdef, self.task, prepare, rate=self.dataset.resolution / resolution)
+            rate = self.dataset.resolution / resolution
+            step = make_eval_step(graphdef, self.task, prepare, rate=rate, gather=self._gather)
             return jax.jit(step, out_shardings=replicated(self.mesh))
 
         return at
@@ -279,6 +284,8 @@ def build(config: Config) -> Experiment:
     create = functools.partial(_create, config, dataset, bandlimit=stages[-1].bandlimit)
     with section(config, "model"):
         params = nnx.state(nnx.eval_shape(functools.partial(create, bandlimit=None)), nnx.Param)
+    with section(config, "sharding_rules"):
+        state_shardings(nnx.to_pure_dict(params), mesh, config.sharding_rules)
     if limited := [stage.bandlimit for stage in stages if stage.bandlimit is not None]:
         with section(config, "stages.bandlimits"):  # not every network has a mixer with one
             nnx.eval_shape(functools.partial(create, bandlimit=limited[0]))

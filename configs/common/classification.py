@@ -72,7 +72,8 @@ def get_config() -> ConfigDict:
             "double_label_smoothing": False,  # once in the mixing and once in the loss, as S4ND's release
             "ema_decay": 0.0,  # of an average of the parameters, evaluated beside them; 0: none
             "ema_warmup": False,
-            "mesh": {"data": -1, "fsdp": 1},  # devices that share the batch; "fsdp" ones also share the parameters
+            "mesh": {"data": -1, "fsdp": 1},  # devices that share the batch; "fsdp" ones also share large parameters
+            "sharding_rules": (),  # (("head.kernel", 1),): parameters by name, and which axis fsdp divides, None: none
             "eval": {
                 "every_epochs": 1.0,
                 "batch_size": 256,  # rounded up to a multiple of the devices

@@ -56,6 +56,7 @@ def make_train_step(
     seed: int = 0,
     accumulate: int = 1,
     ema_decay: Callable[[Array], Any] | None = None,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Builds `step(state, batch) -> (state, metrics)`.
 
@@ -69,13 +70,14 @@ def make_train_step(
         accumulate: number of equal parts in which the batch goes through the model, one after the other; gradients
             and metrics are averaged, and there is one update.
         ema_decay: weight of the old average in `state.ema`, by the number of updates before.
+        gather: makes parameters whole that devices share, see `ssm_jax.training.sharding.gather`.
     """
 
     def loss_fn(params, rest, batch, key):
         prepare_key, dropout_key = jax.random.split(key)
         images, targets = prepare(batch["image"], task.targets(batch["label"]), prepare_key)
         # Copied, because the Variables of `rest` belong to another trace level than this function's.
-        model = nnx.merge(graphdef, params, rest, copy=True)
+        model = nnx.merge(graphdef, gather(params), rest, copy=True)
         logits = model(images, rate=rate, rngs=nnx.Rngs(dropout=dropout_key))
         loss, metrics = task.loss(logits, targets)
         _, rest = nnx.state(model, nnx.Param, ...)
@@ -107,23 +109,28 @@ def make_train_step(
         ema = None
         if ema_decay is not None:
             ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay(state.step))
-        metrics |= {"grad_norm": optax.tree.norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads), "param_norm": optax.tree.norm(params)}
         return TrainState(state.step + 1, params, rest, opt_state, ema), metrics
 
     return step
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, task: Task, prepare: Callable[[Array], Array], *, rate: float = 1.0
+    graphdef: nnx.GraphDef,
+    task: Task,
+    prepare: Callable[[Array], Array],
+    *,
+    rate: float = 1.0,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[Any, Any, Batch], dict[str, Array]]:
     """Builds `step(params, rest, batch) -> rows`: the task's scores of each row, `logits`, `label` and `mask`.
 
-    `graphdef` is that of the model in evaluation mode, `prepare` turns raw images into its input, and `rate` is that of
-    what `prepare` gives.
+    `graphdef` is that of the model in evaluation mode, `prepare` turns raw images into its input, `rate` is that of
+    what `prepare` gives, and `gather` is as in `make_train_step`.
     """
 
     def step(params, rest, batch: Batch) -> dict[str, Array]:
-        model = nnx.merge(graphdef, params, rest, copy=True)
+        model = nnx.merge(graphdef, gather(params), rest, copy=True)
         logits = model(prepare(batch["image"]), rate=rate).astype(jnp.float32)
         return {
             **task.evaluate(logits, batch["label"]),
