@@ -28,7 +28,7 @@ def _pooled(x: Float[Array, "b *axes c"]) -> Float[Array, "b c"]:
 
 def _over(gates: Float[Array, "b c"], x: Float[Array, "b *axes c"]) -> Float[Array, "b *ones c"]:
     """`gates` with the axes of `x`."""
-    return gates.reshape(len(gates), *(1,) * (x.ndim - 2), -1)
+    return gates.reshape(gates.shape[0], *(1,) * (x.ndim - 2), -1)
 
 
 def _maximum(x: Float[Array, "*_"], axis: int) -> Float[Array, "*_"]:

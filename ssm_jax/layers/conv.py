@@ -8,6 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ssm_jax.ops.backend import target_backend
+
 
 class Pointwise(nnx.Conv):
     """A 1 x 1 convolution; on CPUs as the product that it is, for whose gradient XLA does not transpose maps.
@@ -17,7 +19,7 @@ class Pointwise(nnx.Conv):
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         """Multiplies what the stride leaves of `x`."""
-        if jax.default_backend() != "cpu":
+        if target_backend() != "cpu":
             return super().__call__(x)
         rows, columns = np.broadcast_to(np.asarray(self.strides), 2).tolist()
         bias = None if self.bias is None else self.bias[...]

@@ -141,8 +141,8 @@ class MRLA(Aggregation):
             x = cell.before(x)
         mean = x.mean(tuple(range(1, x.ndim - 1)))[..., None]
         precise = at_least_float32(x.dtype)
-        query, key = (to(mean).astype(precise).reshape(len(x), -1, self.head_dim) for to in (cell.query, cell.key))
-        return query, key, cell.value(x.reshape(len(x), *shape, -1)).reshape(x.shape)
+        query, key = (to(mean).astype(precise).reshape(x.shape[0], -1, self.head_dim) for to in (cell.query, cell.key))
+        return query, key, cell.value(x.reshape(x.shape[0], *shape, -1)).reshape(x.shape)
 
     def retrieve(
         self,
@@ -166,7 +166,7 @@ class MRLA(Aggregation):
     def _spread(self, weights: Float[Array, "b heads"], ndim: int) -> Array:
         """A head's weight for each of its channels, at all positions."""
         by_channel = jnp.repeat(weights, self.head_dim, axis=-1)
-        return by_channel.reshape(len(weights), *(1,) * (ndim - 2), -1)
+        return by_channel.reshape(weights.shape[0], *(1,) * (ndim - 2), -1)
 
 
 class MRLABase(MRLA):

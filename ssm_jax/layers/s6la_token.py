@@ -59,7 +59,7 @@ class TokenDynamics(nnx.Module):
         if self.to_b is not None:
             return delta, self.to_b(s)
         assert self.B is not None
-        return delta, jnp.broadcast_to(self.B[...], (len(s), self.B.shape[0]))
+        return delta, jnp.broadcast_to(self.B[...], (s.shape[0], self.B.shape[0]))
 
 
 class TokenCell(nnx.Module):
@@ -188,7 +188,7 @@ class S6LAToken(Aggregation):
     def start(self, x: Float[Array, "b *axes d"], h: Float[Array, "b c n"] | None) -> Float[Array, "b d n"]:
         """Zero, or the state after the stage before in this one's channels."""
         if self.carry is None or h is None:
-            return jnp.zeros((len(x), self.channels, self.state_dim), at_least_float32(x.dtype))
+            return jnp.zeros((x.shape[0], self.channels, self.state_dim), at_least_float32(x.dtype))
         return jnp.swapaxes(self.carry(jnp.swapaxes(h, 1, 2)), 1, 2)
 
     def __call__(
@@ -212,7 +212,7 @@ class S6LAToken(Aggregation):
 
     def select(self, x: Float[Array, "b *axes d"]) -> Float[Array, "b d"]:
         """s, in float32."""
-        tokens = x.reshape(len(x), -1, x.shape[-1])
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         precise = at_least_float32(x.dtype)
         s = tokens[:, 0].astype(precise) if self.by_class else tokens[:, self.prefix :].mean(1, dtype=precise)
         return normalize(s) if self.input_norm else s
@@ -234,7 +234,7 @@ class S6LAToken(Aggregation):
     def _read(self, cell: Any, x: Array, s: Array, h: Array, rngs: nnx.Rngs | None) -> Array:
         """`x` with what its positions read."""
         output = (self.dynamics or cell.dynamics).output
-        tokens = x.reshape(len(x), -1, x.shape[-1])
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
         if self.fuse == "add":
             read = output(self._scaled(jnp.einsum("bd,bdn->bn", s, h))[:, None].astype(x.dtype))
         else:

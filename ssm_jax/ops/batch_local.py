@@ -28,7 +28,9 @@ def batch_local(fn: Callable[..., PyTree[Array]]) -> Callable[..., PyTree[Array]
         mesh = jax.sharding.get_abstract_mesh()
         axes = tuple(axis for axis in BATCH_AXES if axis in mesh.axis_names)
         n_shards = math.prod(mesh.shape[axis] for axis in axes)
-        if n_shards == 1 or mesh.manual_axes:
+        if mesh.manual_axes:
+            return fn(x, *_varying(weights, mesh.manual_axes))
+        if n_shards == 1:
             return fn(x, *weights)
         rows = jax.tree.leaves(x)[0].shape[0]
         if rows % n_shards:
@@ -36,7 +38,25 @@ def batch_local(fn: Callable[..., PyTree[Array]]) -> Callable[..., PyTree[Array]
                 f"batch size must be a multiple of {n_shards}, the devices of mesh axes {axes}, got {rows}; "
                 "pad the batch."
             )
-        sharded = jax.shard_map(fn, in_specs=(P(axes), *[P()] * len(weights)), out_specs=P(axes))
+        sharded = jax.shard_map(
+            lambda x, *weights: fn(x, *_varying(weights, axes)),
+            in_specs=(P(axes), *[P()] * len(weights)),
+            out_specs=P(axes),
+        )
         return sharded(x, *weights)
 
     return wrapped
+
+
+def _varying(weights: PyTree[Array], axes: tuple[str, ...]) -> PyTree[Array]:
+    """Weights as if they were others on each device.
+
+    What is summed over devices is the gradient of where that begins. It would be at the last thing that is made of
+    weights alone: at the matrix of a kernel, which is much larger, or in each turn of a loop.
+    """
+
+    def vary(weight: Array) -> Array:
+        missing = tuple(axis for axis in axes if axis not in jax.typeof(weight).manual_axis_type.varying)
+        return jax.lax.pcast(weight, missing, to="varying") if missing else weight
+
+    return jax.tree.map(vary, weights)

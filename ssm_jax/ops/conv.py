@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ssm_jax.ops.backend import target_backend
 from ssm_jax.ops.batch_local import batch_local
 from ssm_jax.ops.dtypes import at_least_float32
 
@@ -80,7 +81,7 @@ def choose(length: int, backend: str | None = None) -> str:
 
     `python -m benchmarks.conv` measures it on the device at hand.
     """
-    table = _FASTEST.get(backend or jax.default_backend(), _FASTEST["gpu"])
+    table = _FASTEST.get(backend or target_backend(), _FASTEST["gpu"])
     return next((method for method, longest in table if length <= longest), "fft")
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Complex, Float
 
+from ssm_jax.ops.backend import target_backend
 from ssm_jax.ops.discretize import discretize
 
 
@@ -39,14 +40,14 @@ def _(length: int, primals: tuple[Array, Array], tangents: tuple[Array, Array]) 
 
 def _levels(log_x: Array, k: int, length: int) -> tuple[Array, Array]:
     """The powers x^a and x^(m b), (m, h, n) and (length / m, h, n)."""
-    short = 0 if jax.default_backend() == "cpu" else 64  # measured; for accelerators XLA's estimates for TPU v5e
+    short = 0 if target_backend() == "cpu" else 64  # measured; for accelerators XLA's estimates for TPU v5e
     inner = length if length <= short else math.ceil(math.sqrt(k * length))
     return _powers(log_x, inner), _powers(inner * log_x, -(-length // inner))
 
 
 def _powers(log_x: Array, count: int) -> Array:
     """1, x, x^2, .., (count, h, n)."""
-    if jax.default_backend() != "cpu":
+    if target_backend() != "cpu":
         return _exp(log_x[None] * jnp.arange(count, dtype=log_x.dtype)[:, None, None])
     # Products are cheaper than exponentials there, and as the phase grows, more exact.
     x = _exp(log_x)

@@ -5,13 +5,15 @@ arXiv:2312.00752, section 3); positions are tokens there, and the layers of a ne
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Inexact, PyTree
 
+from ssm_jax.ops.backend import target_backend
 from ssm_jax.ops.batch_local import batch_local
 from ssm_jax.ops.dtypes import at_least_float32
 
@@ -172,7 +174,7 @@ def choose(length: int, backend: str | None = None) -> str:
 
     `python -m benchmarks.scan` measures it on the device at hand.
     """
-    table = _FASTEST.get(backend or jax.default_backend(), _FASTEST["gpu"])
+    table = _FASTEST.get(backend or target_backend(), _FASTEST["gpu"])
     return next((method for method, longest in table if length <= longest), "chunked")
 
 
@@ -222,9 +224,6 @@ def _scan(
     step = functools.partial(_step, discretization=discretization, states=states)
 
     def scan(rows: PyTree[Array], weights: _Weights) -> tuple[Array, PyTree[Array]]:
-        # As different on each device, or their gradient would be summed over devices once per chunk.
-        devices = jax.sharding.get_abstract_mesh().manual_axes
-        weights = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, devices, to="varying"), weights) if devices else weights
         h, inputs = rows
         return _chunked(step, h, weights, inputs, axis=axis, chunk=chunk, reverse=reverse)
 
@@ -353,10 +352,8 @@ def _inner(weight: Array, h: Array) -> Array:
     return jnp.expand_dims(weight, range(h.ndim - 2))
 
 
-def _check_shapes(
-    batch: tuple[int, ...] | list[int], u: Array, delta: Array, A: Array, B: Array, **others: Array | None
-) -> None:
-    """Of what goes with `u` and the number of modes of `A`; states are (*batch, d, n)."""
+def _check_shapes(batch: Sequence[Any], u: Array, delta: Array, A: Array, B: Array, **others: Array | None) -> None:
+    """Of what goes with `u` and the number of modes of `A`; states are (*batch, d, n). Sizes may be symbolic."""
     *rows, d = u.shape
     n = A.shape[-1]
     state = (*batch, d, n)

@@ -1,4 +1,5 @@
 import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 from modules import drawn, split
 
-from ssm_jax import S4ND, create_model
+from ssm_jax import S4ND, compiled, create_model
 from ssm_jax.ops import batch_local, conv
 from ssm_jax.ops.conv import _fft_nd as plain_fft
 from ssm_jax.training.sharding import batch_sharding, make_mesh, replicated
@@ -41,11 +42,13 @@ def inputs(batch=8):
 
 
 def collectives(f, mesh, weights, x):
-    """Of the compiled program for weights on every device and rows of `x` divided over them."""
+    """Bytes by kind, of the compiled program for weights on every device and rows of `x` divided over them."""
     f = jax.jit(f, in_shardings=(replicated(mesh), batch_sharding(mesh)))
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), (weights, x))
-    text = f.lower(*shapes).compile().as_text()
-    return {name for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if name in text}
+    totals = Counter()
+    for collective in compiled.collectives(f.lower(*shapes).compile().as_text()):
+        totals[collective.kind] += collective.count * collective.bytes
+    return totals
 
 
 def test_sharded_value_and_gradient_are_those_of_one_device(any_mesh):
@@ -69,8 +72,8 @@ def test_convolution_communicates_only_gradients(any_mesh, method):
     u, kernels = inputs()
     forward = lambda kernels, u: conv(u, kernels, method=method)  # noqa: E731
     backward = jax.grad(lambda kernels, u: jnp.sum(jnp.sin(forward(kernels, u))))
-    assert collectives(backward, any_mesh, kernels, u) == {"all-reduce"}
-    assert collectives(forward, any_mesh, kernels, u) == set()
+    assert collectives(backward, any_mesh, kernels, u).keys() == {"all-reduce"}
+    assert not collectives(forward, any_mesh, kernels, u)
 
 
 def test_xla_alone_would_gather_the_batch(any_mesh):
@@ -102,7 +105,16 @@ def small_network(method):
 def test_layer_communicates_only_gradients(axes, dims, method):
     f, params = gradient(lambda: small_layer(dims, method))
     with jax.set_mesh(mesh := make_mesh(axes)):
-        assert collectives(f, mesh, params, jnp.ones((8, *(4, 3)[:dims], 4))) == {"all-reduce"}
+        assert collectives(f, mesh, params, jnp.ones((8, *(4, 3)[:dims], 4))).keys() == {"all-reduce"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_summed_are_gradients_of_kernels(method, mesh):
+    """And not of what the convolution makes of them, 32 x 32 matrices or spectra; whatever the batch."""
+    f, params = gradient(lambda: small_layer(1, method))
+    small, large = (collectives(f, mesh, params, jnp.ones((batch, 32, 4)))["all-reduce"] for batch in (8, 16))
+    kernel = 4 * 2 * 32 * 4  # float32, two-sided
+    assert 0 < small == large <= kernel + sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + 64
 
 
 def test_layer_without_batch_local_would_gather(mesh, monkeypatch):
@@ -116,7 +128,7 @@ def test_layer_without_batch_local_would_gather(mesh, monkeypatch):
 def test_network_communicates_only_gradients(axes, method):
     f, params = gradient(lambda: small_network(method))
     with jax.set_mesh(mesh := make_mesh(axes)):
-        assert collectives(f, mesh, params, jnp.ones((8, 4, 4, 3))) == {"all-reduce"}
+        assert collectives(f, mesh, params, jnp.ones((8, 4, 4, 3))).keys() == {"all-reduce"}
 
 
 @pytest.mark.parametrize("axes", [{"model": 8}, {"data": 1, "model": 8}], ids=str)
