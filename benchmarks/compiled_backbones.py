@@ -14,7 +14,6 @@ tpu_backbones_DTYPE.json, into `--out`.
 import sys
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +37,10 @@ from benchmarks.backbones import (
     save,
 )
 from benchmarks.side_by_side import CORES, DTYPE, ROUNDS, pin, surroundings
-from benchmarks.tpu_aot import NOTE, TOPOLOGY, Estimate, chip, estimate
+from benchmarks.tpu_aot import CHIP, NOTE, TOPOLOGY, Estimate, chip, estimate
+from ssm_jax.ops.backend import traced_for
 
 TARGET = flags.DEFINE_enum("target", "here", ["here", "tpu"], "What to compile for: this machine, or one TPU chip.")
-FLOPS, BYTES = 197e12, 819e9
-"""Of a v5e, each second: products of bfloat16, and traffic of its main memory."""
 
 
 def training_step(name: str, batch: int, dtype: str, *, scan: bool) -> tuple[Callable[..., Any], list[Any]]:
@@ -86,8 +84,7 @@ def here(console: Console) -> None:
 
 def on_tpu(name: str, batch: int, dtype: str, sharding: SingleDeviceSharding) -> Estimate:
     """Of a step on one chip."""
-    # What depends on the backend in use, such as the choice of a method, is to be what it is on a TPU.
-    with mock.patch.object(jax, "default_backend", return_value="tpu"):
+    with traced_for("tpu"):
         step, arguments = training_step(name, batch, dtype, scan=SCAN.value)
         lowered = jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(*arguments)
     return estimate(lowered.compile())
@@ -96,7 +93,7 @@ def on_tpu(name: str, batch: int, dtype: str, sharding: SingleDeviceSharding) ->
 def shares(numbers: Estimate) -> tuple[float, float]:
     """Parts of the estimated time that the counted products, and the counted traffic, would take at full speed."""
     seconds = numbers.milliseconds / 1e3
-    return numbers.gigaflops * 1e9 / FLOPS / seconds, numbers.gigabytes * 1e9 / BYTES / seconds
+    return numbers.gigaflops * 1e9 / CHIP.flops / seconds, numbers.gigabytes * 1e9 / CHIP.bandwidth / seconds
 
 
 ESTIMATED = ("ms", "GB accessed", "GFLOP", "temporary MB", "products", "traffic")

@@ -12,21 +12,15 @@ passes of the matrix unit); the depthwise convolution has JAX's default. One pro
 
 import functools
 import importlib.metadata
-import importlib.util
 import json
-import math
-import os
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
-from unittest import mock
+from typing import Any, NamedTuple
 
 import jax
 from absl import app, flags
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 from matplotlib.figure import Figure
@@ -35,7 +29,11 @@ from rich.table import Table
 
 from benchmarks.side_by_side import DTYPE, OUT
 from ssm_jax import S4ND
+from ssm_jax.chips import TPUS
+from ssm_jax.compiled import memory, scheduled_cycles
+from ssm_jax.ops.backend import traced_for
 from ssm_jax.ops.conv import METHODS
+from ssm_jax.topologies import tpu_devices
 
 CASES = {
     "CIFAR": (50, 32, 32, 256),
@@ -52,7 +50,7 @@ WINDOWS = {1: (196,), 2: (7, 7), 3: (3, 7, 7)}
 """Windows of the depthwise convolution by number of axes; among tokens it is one that reaches as far as S4ND."""
 
 TOPOLOGY = "v5e:2x2"  # the smallest; one chip of it is used
-CLOCK = 1.5e9  # Hz, of a v5e
+CHIP = TPUS["v5e"]
 NOTE = "XLA's compile-time estimates for one chip, not measurements"
 
 _METHODS = flags.DEFINE_list("methods", "auto,toeplitz,dft", f"Ways to convolve, of {', '.join(METHODS)}.")
@@ -72,17 +70,7 @@ class Estimate(NamedTuple):
 
 def chip() -> SingleDeviceSharding:
     """All of an array on a chip that need not exist. Raises ModuleNotFoundError without libtpu."""
-    if importlib.util.find_spec("libtpu") is None:
-        raise ModuleNotFoundError("Compiling for TPUs needs libtpu; install it with pip install -e '.[tpu]'.")
-    os.environ.update(
-        TPU_ACCELERATOR_TYPE="v5litepod-4",
-        TPU_WORKER_HOSTNAMES="localhost",
-        TPU_SKIP_MDS_QUERY="1",  # else it asks the cloud what machine this is
-        ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # else one process at a time
-    )
-    jax.config.update("jax_platforms", "cpu")  # or JAX looks for a TPU
-    topology = topologies.get_topology_desc(TOPOLOGY, "tpu", chips_per_host_bounds=(2, 2, 1))
-    return SingleDeviceSharding(topology.devices[0])
+    return SingleDeviceSharding(tpu_devices(TOPOLOGY)[0])
 
 
 class Kernels(S4ND):
@@ -118,42 +106,20 @@ def lower(
         return y, backward(cotangent)
 
     u = jax.ShapeDtypeStruct(shape, dtype)
-    # What depends on the backend in use, such as the choice of a method, is to be what it is on a TPU.
-    with mock.patch.object(jax, "default_backend", return_value="tpu"):
+    with traced_for("tpu"):
         cotangent = jax.eval_shape(forward, parameters, u)
         return jax.jit(step, in_shardings=sharding, out_shardings=sharding).lower(parameters, u, cotangent)
 
 
 def estimate(compiled: jax.stages.Compiled) -> Estimate:
     """Reads the numbers off a compiled program."""
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    cost: Any = compiled.cost_analysis()
     return Estimate(
-        1e3 * scheduled_cycles(compiled.as_text()) / CLOCK,
+        1e3 * scheduled_cycles(compiled.as_text() or "") / CHIP.clock,
         cost["bytes accessed"] / 1e9,
         cost["flops"] / 1e9,
-        memory.temp_size_in_bytes / 1e6,
+        memory(compiled).temporary / 1e6,
     )
-
-
-def scheduled_cycles(hlo: str) -> float:
-    """Sums `estimated_cycles` over the operations of a scheduled HLO module, with loops as often as they run.
-
-    What runs beside them, such as prefetches, has no estimate and counts nothing. The result is nan if a loop's number
-    of turns is not the one constant that its condition compares with.
-    """
-    blocks = re.findall(r"^(ENTRY )?%(\S+) \([^\n]*\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL)
-    bodies = {"ENTRY" if entry else name: body for entry, name, body in blocks}
-
-    def cycles(name: str) -> float:
-        own = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', bodies[name])))
-        loops = re.findall(r" while\(.*condition=%([^\s,]+), body=%([^\s,]+)", bodies[name])
-        return own + sum(turns(condition) * cycles(body) for condition, body in loops)
-
-    def turns(name: str) -> float:
-        constants = re.findall(r" = s32\[\]\S* constant\((\d+)\)", bodies[name])
-        return int(constants[0]) if len(constants) == 1 else math.nan
-
-    return cycles("ENTRY")
 
 
 def picture(estimates: Mapping[tuple[str, str], Estimate], title: str) -> Figure:

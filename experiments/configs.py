@@ -24,23 +24,11 @@ from rich.table import Table
 import configs
 import ssm_jax
 from experiments.config import Config
+from ssm_jax.data.datasets import outline
 
 _MARKDOWN = flags.DEFINE_string("markdown", None, "File to write the table to.")
 
 _FOLDER = Path(configs.__file__).parent
-
-_CLASSES = {
-    "celeb_a": 40,
-    "cifar10": 10,
-    "cifar100": 100,
-    "coco": 80,
-    "digits": 10,
-    "hmdb51": 51,
-    "image_folder": 10,
-    "imagenet2012": 1000,
-    "tiny_imagenet20": 20,
-}
-"""Of the datasets, for numbers of parameters; of an image folder, whatever it has."""
 
 _INTRODUCTION = """\
 # Recipes
@@ -55,7 +43,7 @@ parameters.
 
 None of these has been run to its end by this project unless its file says so. *Published* is what others report for the
 recipe, never a result of this project: in per cent, and with where it is from. Parameters are counted for as many
-classes as the dataset has (an image folder: 10); batch sizes are those of an update, over all devices.
+classes as the dataset has (an image folder: 1000); batch sizes are those of an update, over all devices.
 
 This page is what `python -m experiments.configs --markdown=docs/recipes.md` writes.
 """
@@ -95,9 +83,8 @@ def recipes() -> Iterator[Recipe]:
 
 def count_parameters(config: Config) -> int:
     """Of a recipe's network, for the classes of its dataset; no arrays are made."""
-    arguments = config.model.to_dict()
-    channels = 1 if config.data.name == "digits" else 3
-    return _count(json.dumps(arguments), _CLASSES[config.data.name], channels)
+    data = outline(config.data.name)
+    return _count(json.dumps(config.model.to_dict()), data.classes, data.channels)
 
 
 @functools.cache

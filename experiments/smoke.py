@@ -5,12 +5,13 @@ Images keep their sizes and datasets their classes; all else of the recipe that 
 
 import dataclasses
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments.config import Config
+from ssm_jax import models
 from ssm_jax.data.datasets import Dataset, Source
 
 _STEPS = 2
@@ -31,15 +32,15 @@ _SIZES: dict[str, dict[str, Any]] = {
 """Arguments of the networks whose names match a pattern."""
 
 
-def cut(config: Config) -> Config:
-    """The config of a run with the same constructors and options, of which little else is left.
+def cut(config: Config, devices: int) -> Config:
+    """The config of a run on `devices` with the same constructors and options, of which little else is left.
 
     Steps are two per stage for a dataset that `shorten` has cut, and what is given in epochs keeps its share of them.
     """
     cut = config.copy_and_resolve_references()
     cut.unlock()
     accumulate = min(config.accumulate, 2)
-    rows = jax.device_count() * (1 if config.data.name == "hmdb51" else 2)  # a clip is 30 images
+    rows = max(devices, 2)  # which batch statistics need
     stages = len(config.stages.epochs)
     cut.update(
         model=_cut_model(config.model.to_dict()),
@@ -63,6 +64,27 @@ def cut(config: Config) -> Config:
         cut.optimizer.cosine_epochs = share * options.cosine_epochs
     cut.lock()
     return cut
+
+
+def kinds(recipes: Mapping[str, Config]) -> dict[str, list[str]]:
+    """Names of recipes by the first of those that are the same run when they are cut, as ResNet-50, 101 and 152 are."""
+    found: dict[str, list[str]] = {}
+    for name, config in recipes.items():
+        values = cut(config, 1).to_dict()
+        arguments = values.pop("model")
+        make, defaults = models._MODELS[arguments.pop("name")]
+        found.setdefault(repr((make, _essence({**values, **defaults, **arguments}))), []).append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def _essence(value: Any) -> Any:
+    """What a config compiles to: of real numbers only whether they are 0, of resolutions whether they are given."""
+    if isinstance(value, dict):
+        names = sorted(value.keys() - {"published", "seed", "init"})  # which init there is changes initial values
+        return {name: bool(value[name]) if "resolution" in name else _essence(value[name]) for name in names}
+    if isinstance(value, tuple):
+        return tuple(map(_essence, value))
+    return bool(value) if isinstance(value, float) else value
 
 
 def shorten(dataset: Dataset, config: Config) -> Dataset:

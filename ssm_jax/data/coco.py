@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ssm_jax.data.datasets import IMAGENET_MEAN, IMAGENET_STD, Dataset, model_resolution
+from ssm_jax.data.datasets import Dataset, outline
 from ssm_jax.data.image_folder import file_names, read_file
 
 
@@ -95,7 +95,8 @@ def coco(dir: str | None = None, image_size: int | None = None) -> Dataset:
     in an image. The test images are val's too, as the labels of COCO's are secret. `dir` is `~/coco` by default,
     `image_size` 224. Mean and standard deviation are ImageNet's, as in most work on COCO.
     """
-    resolution = model_resolution(image_size, 224)
+    known = outline("coco")
+    known.resolution_for(image_size)
     root = epath.Path(dir or "~/coco").expanduser()
     needed = [root / part / name for split in ("train", "val") for part, name in _parts(split)]
     if absent := [str(path) for path in needed if not path.exists()]:
@@ -109,15 +110,7 @@ def coco(dir: str | None = None, image_size: int | None = None) -> Dataset:
         raise ValueError(
             f"dir has other categories in instances_val2017.json than in instances_train2017.json: {root}."
         )
-    return Dataset(
-        splits={"train": train, "val": val, "test": val},
-        resolution=resolution,
-        class_names=names,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        title="COCO 2017",
-        multi_label=True,
-    )
+    return known.dataset({"train": train, "val": val, "test": val}, names, image_size=image_size)
 
 
 def _parts(split: str) -> tuple[tuple[str, str], ...]:

@@ -63,6 +63,117 @@ class Dataset:
         return len(self.mean)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What is known of a dataset without its files; of one that is whatever a folder has, what it is taken to be."""
+
+    name: str
+    title: str
+    resolution: int
+    """Base resolution, unless another is asked for."""
+    classes: int
+    images: int
+    """In `train`; of videos, these."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    one_size: bool = False
+    """Whether no other resolution can be asked for."""
+    multi_label: bool = False
+    frames: int | None = None
+    """Of a clip, unless another number is asked for."""
+
+    @property
+    def channels(self) -> int:
+        """Channels of an image."""
+        return len(self.mean)
+
+    def resolution_for(self, image_size: int | None) -> int:
+        """`image_size`, or the default for None. Raises ValueError for one that cannot be."""
+        if self.one_size and image_size not in (None, self.resolution):
+            raise ValueError(f"image_size must be {self.resolution} or not be given for {self.name}, got {image_size}.")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size must be the resolution of the model's input, at least 1, got {image_size}.")
+        return image_size or self.resolution
+
+    def dataset(
+        self,
+        splits: Mapping[str, Source],
+        class_names: tuple[str, ...],
+        *,
+        image_size: int | None,
+        title: str | None = None,
+        frames: int | None = None,
+    ) -> Dataset:
+        """The dataset, as `resolution_for` and `title` change the outline. Raises ValueError for an `image_size`."""
+        return Dataset(
+            splits=splits,
+            resolution=self.resolution_for(image_size),
+            class_names=class_names,
+            mean=self.mean,
+            std=self.std,
+            title=title or self.title,
+            multi_label=self.multi_label,
+            frames=frames,
+        )
+
+
+_OUTLINES = {
+    outline.name: outline
+    for outline in (
+        # Mean and standard deviation are ImageNet's, not these images' own.
+        Outline("celeb_a", "CelebA", 160, 40, 162_770, multi_label=True),
+        Outline("cifar10", "CIFAR-10", 32, 10, 45_000, (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261), one_size=True),
+        # In common use, and of all 50,000 training images.
+        Outline(
+            "cifar100", "CIFAR-100", 32, 100, 45_000, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), one_size=True
+        ),
+        Outline("coco", "COCO 2017", 224, 80, 118_287, multi_label=True),
+        Outline("digits", "scanned digits", 8, 10, 1_257, (0.305,), (0.376,), one_size=True),
+        Outline(
+            *("hmdb51", "HMDB-51", 224, 51, 3_570),
+            mean=(110.2 / 255, 100.64 / 255, 96.0 / 255),
+            std=(58.15 / 255, 56.47 / 255, 55.33 / 255),
+            frames=30,
+        ),
+        Outline("image_folder", "a folder like ImageNet's", 224, 1000, 1_281_167),
+        Outline("imagenet2012", "ImageNet", 224, 1000, 1_281_167),
+        Outline(
+            *("tiny_imagenet20", "tiny_imagenet20", 64, 20, 9_000),
+            mean=(0.487, 0.442, 0.385),
+            std=(0.282, 0.276, 0.286),
+            one_size=True,
+        ),
+    )
+}
+
+
+def outline(name: str) -> Outline:
+    """What is known of a dataset without its files. Raises ValueError if there is none of that name."""
+    if name not in _OUTLINES:
+        near = difflib.get_close_matches(name, _OUTLINES, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"name must be one of {', '.join(_OUTLINES)}, got {name!r}.{hint}")
+    return _OUTLINES[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """As many examples as a split has, of which none can be read."""
+
+    title: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        raise ValueError(f"{self.name(index)} cannot be read: the dataset was described without its files.")
+
+    def name(self, index: int) -> str:
+        """Of one example, for messages."""
+        return f"example {index} of {self.title}"
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Arrays:
     """Examples that are in memory: `images` (n, H, W, C) uint8 and `labels` (n,)."""
@@ -91,68 +202,43 @@ def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     del dir  # they come with scikit-learn
-    _one_size("digits", 8, image_size)
+    known = outline("digits")
+    known.resolution_for(image_size)
     raw: Any = load_digits()
     images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = raw.target.astype(np.int32)
     rest, test = train_test_split(np.arange(len(labels)), test_size=0.2, random_state=0, stratify=labels)
     train, val = train_test_split(rest, test_size=0.125, random_state=0, stratify=labels[rest])
-    return Dataset(
-        splits={
-            name: Arrays(f"digits {name}", images[part], labels[part])
-            for name, part in [("train", train), ("val", val), ("test", test)]
-        },
-        resolution=8,
-        class_names=tuple(map(str, range(10))),
-        mean=(0.305,),
-        std=(0.376,),
-        title="scanned digits",
-    )
+    splits = {
+        name: Arrays(f"digits {name}", images[part], labels[part])
+        for name, part in [("train", train), ("val", val), ("test", test)]
+    }
+    return known.dataset(splits, tuple(map(str, range(10))), image_size=image_size)
 
 
 def cifar10(dir: str | None = None, image_size: int | None = None) -> Dataset:
     """CIFAR-10; the last tenth of train is val. Where its images are JPEG files they are copies: the title says so."""
-    _one_size("cifar10", 32, image_size)
+    known = outline("cifar10")
+    known.resolution_for(image_size)
     splits, features = prepared_splits("cifar10", dir, _last_tenth(test="test"))
-    return Dataset(
-        splits=splits,
-        resolution=32,
-        class_names=tuple(features["label"].names),
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.247, 0.243, 0.261),
-        title="CIFAR-10, JPEG copy" if features["image"].encoding_format == "jpeg" else "CIFAR-10",
-    )
+    title = "CIFAR-10, JPEG copy" if features["image"].encoding_format == "jpeg" else None
+    return known.dataset(splits, tuple(features["label"].names), image_size=image_size, title=title)
 
 
 def cifar100(dir: str | None = None, image_size: int | None = None) -> Dataset:
-    """CIFAR-100, with its 100 fine classes; the last tenth of train is val.
-
-    Mean and standard deviation are the values in common use, of all 50,000 training images.
-    """
-    _one_size("cifar100", 32, image_size)
+    """CIFAR-100, with its 100 fine classes; the last tenth of train is val."""
+    known = outline("cifar100")
+    known.resolution_for(image_size)
     splits, features = prepared_splits("cifar100", dir, _last_tenth(test="test"))
-    return Dataset(
-        splits=splits,
-        resolution=32,
-        class_names=tuple(features["label"].names),
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        title="CIFAR-100",
-    )
+    return known.dataset(splits, tuple(features["label"].names), image_size=image_size)
 
 
 def tiny_imagenet20(dir: str | None = None, image_size: int | None = None) -> Dataset:
     """20 of the 200 classes of Tiny ImageNet, 64 x 64; the last tenth of train is val, its validation images test."""
-    _one_size("tiny_imagenet20", 64, image_size)
+    known = outline("tiny_imagenet20")
+    known.resolution_for(image_size)
     splits, features = prepared_splits("tiny_imagenet20", dir, _last_tenth(test="validation"))
-    return Dataset(
-        splits=splits,
-        resolution=64,
-        class_names=tuple(features["label"].names),
-        mean=(0.487, 0.442, 0.385),
-        std=(0.282, 0.276, 0.286),
-        title="tiny_imagenet20",
-    )
+    return known.dataset(splits, tuple(features["label"].names), image_size=image_size)
 
 
 def imagenet2012(dir: str | None = None, image_size: int | None = None) -> Dataset:
@@ -160,16 +246,11 @@ def imagenet2012(dir: str | None = None, image_size: int | None = None) -> Datas
 
     Class names are WordNet ids. `image_size` is 224 by default.
     """
-    resolution = model_resolution(image_size, 224)
+    known = outline("imagenet2012")
+    known.resolution_for(image_size)
     splits, features = prepared_splits("imagenet2012", dir, {"train": "train", "val": "validation"})
-    return Dataset(
-        splits={**splits, "test": splits["val"]},
-        resolution=resolution,
-        class_names=tuple(features["label"].names),
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        title="ImageNet",
-    )
+    splits = {**splits, "test": splits["val"]}
+    return known.dataset(splits, tuple(features["label"].names), image_size=image_size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -194,54 +275,28 @@ class Attributes:
 def celeb_a(dir: str | None = None, image_size: int | None = None) -> Dataset:
     """CelebA, faces aligned and cropped to 178 x 218, with 40 attributes: multi-label.
 
-    `image_size` is 160 by default. Mean and standard deviation are ImageNet's, not these images' own.
+    `image_size` is 160 by default.
     """
-    resolution = model_resolution(image_size, 160)
+    known = outline("celeb_a")
+    known.resolution_for(image_size)
     splits, features = prepared_splits("celeb_a", dir, {"train": "train", "val": "validation", "test": "test"})
     names = tuple(sorted(features["attributes"]))  # the authors' order; the feature file, a hash map, has none
-    return Dataset(
-        splits={split: Attributes(examples, names) for split, examples in splits.items()},
-        resolution=resolution,
-        class_names=names,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        title="CelebA",
-        multi_label=True,
-    )
-
-
-def model_resolution(image_size: int | None, default: int) -> int:
-    """`image_size`, or `default` for None. Raises ValueError if it is less than 1."""
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be the resolution of the model's input, at least 1, got {image_size}.")
-    return image_size or default
-
-
-def _one_size(name: str, resolution: int, image_size: int | None) -> None:
-    if image_size not in (None, resolution):
-        raise ValueError(f"image_size must be {resolution} or not be given for {name}, got {image_size}.")
+    labelled = {split: Attributes(examples, names) for split, examples in splits.items()}
+    return known.dataset(labelled, names, image_size=image_size)
 
 
 def _last_tenth(test: str) -> dict[str, str]:
     return {"train": "train[:90%]", "val": "train[90%:]", "test": test}
 
 
-# Names to modules, whose functions of those names make the datasets.
-_DATASETS = {
-    "celeb_a": "datasets",
-    "cifar10": "datasets",
-    "cifar100": "datasets",
-    "coco": "coco",
-    "digits": "datasets",
-    "hmdb51": "hmdb51",
-    "image_folder": "image_folder",
-    "imagenet2012": "datasets",
-    "tiny_imagenet20": "datasets",
-}
+_MODULES = {"coco": "coco", "hmdb51": "hmdb51", "image_folder": "image_folder"}
+"""Where the functions that open datasets are, which have their names; the others are here."""
 
 
-def load_dataset(name: str, dir: str | None = None, *, image_size: int | None = None, **options: Any) -> Dataset:
-    """Opens a dataset by name.
+def load_dataset(
+    name: str, dir: str | None = None, *, image_size: int | None = None, files: bool = True, **options: Any
+) -> Dataset:
+    """Opens a dataset by name, or describes it.
 
     Args:
         name: `celeb_a`, `cifar10`, `cifar100`, `coco`, `digits`, `hmdb51`, `image_folder`, `imagenet2012` or
@@ -249,17 +304,21 @@ def load_dataset(name: str, dir: str | None = None, *, image_size: int | None = 
         dir: where it is: for those that TensorFlow Datasets has prepared, its data_dir, by default
             `~/tensorflow_datasets`; for others their folder, by default `~/imagenet` and so on.
         image_size: base resolution of the model's input, for images that have no one small size.
+        files: False for a dataset that needs none: it has the shapes and numbers of its `outline`, and examples that
+            cannot be read.
         options: keyword arguments that only some have: of `hmdb51`, `fold`, `frames` and `seconds`.
 
     Raises:
         ValueError: if there is none of that name, it has no such option or its files are missing.
     """
-    if name not in _DATASETS:
-        near = difflib.get_close_matches(name, _DATASETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name must be one of {', '.join(_DATASETS)}, got {name!r}.{hint}")
-    dataset: Callable[..., Dataset] = getattr(importlib.import_module(f"ssm_jax.data.{_DATASETS[name]}"), name)
-    known = [p.name for p in inspect.signature(dataset).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if unknown := sorted(options.keys() - {*known}):
-        raise ValueError(f"options of {name} are {', '.join(known) or 'none'}, got {', '.join(unknown)}.")
-    return dataset(dir, image_size, **options)
+    known = outline(name)
+    module = importlib.import_module(f"ssm_jax.data.{_MODULES.get(name, 'datasets')}")
+    dataset: Callable[..., Dataset] = getattr(module, name)
+    accepted = [p.name for p in inspect.signature(dataset).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if unknown := sorted(options.keys() - {*accepted}):
+        raise ValueError(f"options of {name} are {', '.join(accepted) or 'none'}, got {', '.join(unknown)}.")
+    if files:
+        return dataset(dir, image_size, **options)
+    train = Absent(f"{known.title} train", known.images)
+    classes = tuple(f"class {i}" for i in range(known.classes))
+    return known.dataset({"train": train}, classes, image_size=image_size, frames=options.get("frames", known.frames))

@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from ssm_jax.data.clips import check_positive, uniform_clip_starts, video_duration
-from ssm_jax.data.datasets import Dataset
+from ssm_jax.data.datasets import Dataset, outline
 from ssm_jax.data.decode import BrokenExampleError
 
 _SPLITS = "testTrainMulti_7030_splits"
@@ -101,8 +101,9 @@ def hmdb51(
     """
     if fold not in (1, 2, 3):
         raise ValueError(f"fold must be 1, 2 or 3, got {fold}.")
-    image_size = 224 if image_size is None else image_size
-    check_positive(image_size=image_size, frames=frames, seconds=seconds)
+    known = outline("hmdb51")
+    known.resolution_for(image_size)
+    check_positive(frames=frames, seconds=seconds)
     root = epath.Path(dir or "~/hmdb51").expanduser()
     classes = _classes(root, fold)
     folders = _class_folders(root, classes)
@@ -118,15 +119,9 @@ def hmdb51(
         )
 
     clips = UniformClips(files(2), seconds)
-    return Dataset(
-        splits={"train": Videos(files(1)), "val": clips, "test": clips},
-        resolution=image_size,
-        class_names=classes,
-        mean=(110.2 / 255, 100.64 / 255, 96.0 / 255),
-        std=(58.15 / 255, 56.47 / 255, 55.33 / 255),
-        title=f"{'HMDB-51' if len(classes) == 51 else root.name}, split {fold}",
-        frames=frames,
-    )
+    title = f"{known.title if len(classes) == known.classes else root.name}, split {fold}"
+    splits = {"train": Videos(files(1)), "val": clips, "test": clips}
+    return known.dataset(splits, classes, image_size=image_size, title=title, frames=frames)
 
 
 def _duration(path: str) -> float:

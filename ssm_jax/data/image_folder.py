@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ssm_jax.data.datasets import IMAGENET_MEAN, IMAGENET_STD, Dataset, model_resolution
+from ssm_jax.data.datasets import Dataset, outline
 from ssm_jax.data.decode import BrokenExampleError
 
 _SUFFIXES = (".jpeg", ".jpg", ".png")
@@ -48,7 +48,8 @@ def image_folder(dir: str | None = None, image_size: int | None = None) -> Datas
     `dir` is `~/imagenet` by default, `image_size`, the base resolution of the model's input, 224. Mean and standard
     deviation are those that are in use for ImageNet, whatever the images are.
     """
-    resolution = model_resolution(image_size, 224)
+    known = outline("image_folder")
+    known.resolution_for(image_size)
     root = epath.Path(dir or "~/imagenet").expanduser()
     folders = {split: root / split for split in ("train", "val")}
     if absent := [str(folder) for folder in folders.values() if not folder.is_dir()]:
@@ -60,14 +61,8 @@ def image_folder(dir: str | None = None, image_size: int | None = None) -> Datas
     if unknown := sorted(set(listings["val"]) - set(classes)):
         raise ValueError(f"dir has classes in {folders['val']} that train has not: {', '.join(unknown[:5])}.")
     sources = {split: _source(folders[split], classes, listing) for split, listing in listings.items()}
-    return Dataset(
-        splits={**sources, "test": sources["val"]},
-        resolution=resolution,
-        class_names=classes,
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
-        title=root.name,
-    )
+    splits = {**sources, "test": sources["val"]}
+    return known.dataset(splits, classes, image_size=image_size, title=root.name)
 
 
 def file_names(folder: epath.Path) -> list[str]:

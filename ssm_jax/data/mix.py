@@ -103,8 +103,8 @@ def mix(
         group: rows in a group.
 
     Raises ValueError for images that are not float arrays (b, h, w, c) or (b, t, h, w, c), targets that are not float
-    arrays (b, classes), negative `mixup` or `cutmix`, probabilities outside [0, 1], and a `group` that does not divide
-    the batch.
+    arrays (b, classes), negative `mixup` or `cutmix`, probabilities outside [0, 1], and, where rows are mixed, a
+    `group` that does not divide the batch.
     """
     _check_images(images)
     rows = images.shape[0]
@@ -115,10 +115,10 @@ def mix(
             raise ValueError(f"{name} must not be negative, got {alpha}.")
     _check_share("switch", switch)
     _check_share("probability", probability)
-    if group < 1 or rows % group:
-        raise ValueError(f"group must divide the batch of {rows} rows, got {group}.")
     if probability == 0 or mixup == cutmix == 0:
         return images, targets
+    if group < 1 or rows % group:
+        raise ValueError(f"group must divide the batch of {rows} rows, got {group}.")
     if mixup == 0 or cutmix == 0:
         switch = float(mixup == 0)
     weight, box = draw_mixed(

@@ -5,7 +5,11 @@ of nothing else: not of threads, worker processes, hosts or where a run was inte
 """
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -181,5 +185,17 @@ def _batched(
     if workers:
         if not flags.FLAGS.is_parsed():  # in a notebook; grain hands the flags to its processes
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2))
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2), worker_init_fn=_begin_worker
+        )
     return iter(batches)
+
+
+def _begin_worker(number: int, count: int) -> None:
+    """Lets a worker live as long as the process that it reads for, which a signal, such as Ctrl-C, may let go on."""
+    del number, count
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)
+    reader = multiprocessing.parent_process()
+    assert reader is not None
+    threading.Thread(target=lambda: (reader.join(), os._exit(1)), daemon=True).start()

@@ -18,11 +18,11 @@ Options = Any
 """A section of a config: a ConfigDict, or anything else that has its fields."""
 
 
-def load(data: Options) -> Dataset:
-    """Opens the dataset."""
+def load(data: Options, *, files: bool = True) -> Dataset:
+    """Opens the dataset, or describes it without its files, see `load_dataset`."""
     clips = {"fold": data.fold, "frames": data.frames, "seconds": data.seconds}
     options = clips if data.name == "hmdb51" else {}
-    return load_dataset(data.name, data.dir or None, image_size=data.image_size, **options)
+    return load_dataset(data.name, data.dir or None, image_size=data.image_size, files=files, **options)
 
 
 def train_transform(dataset: Dataset, data: Options, augment: Options) -> Callable[..., dict[str, Any]]:

@@ -1,5 +1,4 @@
 import importlib.util
-import math
 
 import jax
 import jax.numpy as jnp
@@ -9,52 +8,6 @@ from flax import nnx
 from benchmarks import tpu_aot
 from benchmarks.tpu_aot import Estimate
 from ssm_jax.ops.conv import choose
-
-HLO = """\
-HloModule jit_step, is_scheduled=true
-
-%fused (p: f32[8]) -> f32[8] {
-  %p = f32[8]{0} parameter(0)
-  ROOT %sin = f32[8]{0} sine(%p), backend_config={"estimated_cycles":"1000000"}
-}
-
-%inner.body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
-  ROOT %a = f32[8]{0} fusion(%q), calls=%fused, backend_config={"window_config":{"estimated_cycles":"3"}}
-}
-
-%inner.condition (q: (s32[], f32[8])) -> pred[] {
-  %five = s32[]{:T(128)} constant(5)
-  ROOT %less = pred[] compare(%i, %five), direction=LT
-}
-
-%outer.body (q: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %b = f32[8]{0} copy(%q), backend_config={"estimated_cycles":"20"}
-  ROOT %w = (s32[], f32[8]) while(%t), condition=%inner.condition, body=%inner.body
-}
-
-%outer.condition (q: (s32[], f32[8])) -> pred[] {
-  %two = s32[] constant(2)
-  ROOT %less = pred[] compare(%i, %two), direction=LT
-}
-
-ENTRY %main.1 (u: f32[8]) -> f32[8] {
-  %u = f32[8]{0} parameter(0)
-  %c = f32[8]{0} fusion(%u), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"100"}
-  %d = (s32[], f32[8]) while(%c), condition=%outer.condition, body=%outer.body, metadata={op_name="while"}
-  ROOT %e = f32[8]{0} copy(%d), backend_config={"estimated_cycles":"4000"}
-}
-"""
-
-
-def test_cycles_of_a_program_are_those_it_runs():
-    assert tpu_aot.scheduled_cycles(HLO) == 100 + 4000 + 2 * (20 + 5 * 3)
-
-
-@pytest.mark.parametrize(
-    "line", ["%five = s32[] parameter(0)", "%one = s32[] constant(1)\n  %five = s32[] constant(5)"]
-)
-def test_cycles_of_a_loop_of_unknown_length_are_unknown(line):
-    assert math.isnan(tpu_aot.scheduled_cycles(HLO.replace("%five = s32[]{:T(128)} constant(5)", line)))
 
 
 @pytest.mark.parametrize("case", tpu_aot.CASES)

@@ -3,7 +3,8 @@ import pickle
 import numpy as np
 import pytest
 
-from ssm_jax.data.datasets import Source, load_dataset
+from ssm_jax.data import datasets
+from ssm_jax.data.datasets import Source, load_dataset, outline
 from ssm_jax.data.decode import decode_image
 
 
@@ -195,3 +196,41 @@ def test_options_of_other_datasets_are_refused():
         load_dataset("digits", frames=30, fold=1)
     with pytest.raises(ValueError, match=r"^options of hmdb51 are fold, frames, seconds, got splits\."):
         load_dataset("hmdb51", splits=30)
+
+
+@pytest.mark.parametrize("name", datasets._OUTLINES)
+def test_without_files_there_is_all_but_examples(name):
+    known, dataset = outline(name), load_dataset(name, "/nowhere", files=False)
+    assert (dataset.num_classes, dataset.resolution, dataset.channels) == (
+        known.classes,
+        known.resolution,
+        known.channels,
+    )
+    assert (dataset.mean, dataset.std, dataset.multi_label) == (known.mean, known.std, known.multi_label)
+    assert (dataset.frames is None) == (name != "hmdb51")
+    assert len(dataset.splits["train"]) == known.images
+    assert isinstance(dataset.splits["train"], Source)
+    with pytest.raises(ValueError, match=r"example 3 of .* without its files"):
+        dataset.splits["train"][3]
+
+
+def test_digits_are_what_their_outline_says(digits):
+    described = load_dataset("digits", files=False)
+    assert len(described.splits["train"]) == len(digits.splits["train"])
+    for field in ("resolution", "num_classes", "channels", "mean", "std", "multi_label", "frames", "title"):
+        assert getattr(described, field) == getattr(digits, field)
+
+
+def test_outlines_take_the_options_of_their_datasets():
+    assert load_dataset("imagenet2012", image_size=96, files=False).resolution == 96
+    assert load_dataset("hmdb51", frames=7, files=False).frames == 7
+    with pytest.raises(ValueError, match=r"^image_size must be 32 or not be given for cifar10, got 96\."):
+        load_dataset("cifar10", image_size=96, files=False)
+    with pytest.raises(ValueError, match=r"^options of digits are none, got frames\."):
+        load_dataset("digits", frames=30, files=False)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("cifar10", "cifar10_full"), ("tiny_imagenet20", "imagenet_tfds")])
+def test_whole_datasets_have_as_many_images_as_their_outlines(name, folder, shared):
+    dataset = load_dataset(name, str(shared / "data" / folder))
+    assert (len(dataset.splits["train"]), dataset.num_classes) == (outline(name).images, outline(name).classes)

@@ -398,6 +398,12 @@ def test_mix_refuses(change, message):
         mix(**arguments | BOTH | change)
 
 
+def test_groups_do_not_matter_where_nothing_is_mixed():
+    images, targets = jnp.ones((7, 4, 4, 3)), one_hot(7)
+    mixed = mix(images, targets, jax.random.key(0), mixup=0.0, cutmix=0.0, group=4)
+    jax.tree.map(np.testing.assert_array_equal, mixed, (images, targets))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
