@@ -1,13 +1,15 @@
 """Our weights as a file for PyTorch."""
 
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
 from ssm_jax.pretrained.files import write_safetensors
 from ssm_jax.pretrained.layouts import layout, release_buffers
-from ssm_jax.pretrained.names import dialects
+from ssm_jax.pretrained.names import Path, dialects
 
 
 def save_safetensors(model: nnx.Module, path: str | os.PathLike, *, overwrite: bool = False) -> None:
@@ -20,11 +22,17 @@ def save_safetensors(model: nnx.Module, path: str | os.PathLike, *, overwrite: b
     Raises FileExistsError for a file that exists, unless `overwrite`, and ValueError for a `path` that does not end
     with `.safetensors`.
     """
+    variables = nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    write_safetensors(torch_state(model, {at: variable[...] for at, variable in variables}), path, overwrite=overwrite)
+
+
+def torch_state(model: nnx.Module, values: Mapping[Path, ArrayLike]) -> dict[str, np.ndarray]:
+    """What such a file has of a network like `model` with other `values` of its parameters and statistics."""
     modules = dict(nnx.iter_modules(model))
     buffers = release_buffers(modules)
-    variables = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
-    names = next(iter(dialects(model, [*variables, *buffers]).values()))
+    names = next(iter(dialects(model, [*values, *buffers]).values()))
     arrays = {names[at]: value for at, value in buffers.items()}
-    for at, variable in variables.items():
-        arrays[names[at]] = layout(modules, at, variable.shape, names[at]).to_torch(np.asarray(variable[...]))
-    write_safetensors(arrays, path, overwrite=overwrite)
+    for at, value in values.items():
+        array = np.asarray(value)
+        arrays[names[at]] = layout(modules, at, array.shape, names[at]).to_torch(array)
+    return arrays
