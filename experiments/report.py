@@ -1,16 +1,25 @@
-"""What a run leaves for people: the table of test scores, results.json and pictures."""
+r"""What a run leaves for people: the table of test scores, results.json and pictures.
+
+    python -m experiments.report --workdir=runs/digits
+
+writes report.html, the page of a run, anew: training does so when it ends, and this does it at any time. It needs no
+config, data or device.
+"""
 
 import json
+import sys
 from collections.abc import Mapping
 
 import jax
 import numpy as np
+from absl import app, flags
 from etils import epath
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from experiments import page
 from experiments.config import write_file
 from experiments.experiment import Evaluation, Experiment
 from ssm_jax import plots
@@ -21,9 +30,6 @@ from ssm_jax.training.steps import TrainState
 Scores = dict[int, dict[str, float]]
 """Scores on the test images, by resolution."""
 
-_COLUMNS = {"mean_average_precision": "mAP", "top5_accuracy": "top-5"}
-"""Headings that are not the name of the score."""
-
 
 def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> None:
     """Prints the scores of a checkpoint, described in words."""
@@ -31,7 +37,7 @@ def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> N
     table = Table(title=f"{config.model.name} on the {config.data.name} test images, {checkpoint}")
     names = [name for name in next(iter(scores.values())) if not name.startswith("ema_")]
     names.sort(key=lambda name: not name.endswith("loss"))
-    for column in ["resolution", "rate", "images", *(_COLUMNS.get(name, name.replace("_", " ")) for name in names)]:
+    for column in ["resolution", "rate", "images", *map(plots.score_title, names)]:
         table.add_column(column, justify="right")
     for resolution, score in scores.items():
         for prefix, of in {"": "", "ema_": ", averaged"}.items():
@@ -55,12 +61,14 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
     scores = {resolution: evaluation.scores for resolution, evaluation in evaluations.items()}
     if jax.process_index() == 0:
         step = int(state.step)
-        print_table(experiment, scores, checkpoint=f"best checkpoint by val/accuracy, step {step}")
+        print_table(experiment, scores, checkpoint=f"best checkpoint by {experiment.best_by}, step {step}")
+        score = experiment.best_by.removeprefix("val/")
         pictures = {
             "training_curves": plots.training_curves(read_metrics(workdir)),
             "accuracy_by_resolution": plots.accuracy_by_resolution(
-                {resolution: score["accuracy"] for resolution, score in scores.items()},
+                {resolution: of[score] for resolution, of in scores.items()},
                 trained_at=experiment.resolution,
+                name=score,
             ),
             **_predictions(experiment, evaluations[experiment.resolution]),
             **_kernels(experiment, state),
@@ -68,7 +76,7 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
         save_pictures(pictures, workdir / "pictures")
         results = {"step": step, "test": scores, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
         write_file(workdir / "results.json", json.dumps(results, indent=2) + "\n")  # last: the run is finished
-        Console().print(f"checkpoints, metrics and pictures are in {workdir}", soft_wrap=True)
+        Console().print(f"checkpoints, metrics, pictures and report.html are in {workdir}", soft_wrap=True)
     return scores
 
 
@@ -117,3 +125,17 @@ def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> d
         by_rate = {rate: layers[1].sample_kernels([round((length or 64) / rate)], rate=rate)[0] for rate in (1, 1 / 8)}
         return {"kernels": plots.kernel_lines(by_rate)}
     return {}
+
+
+if __name__ == "__main__":
+    _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of a run.", required=True)
+
+    def main(argv: list[str]) -> None:
+        """Runs the command."""
+        del argv
+        workdir = epath.Path(_WORKDIR.value)
+        if not (workdir / "run.json").exists():
+            sys.exit(f"error: --workdir={workdir} is not a run: it has no run.json, with which every run begins.")
+        print(f"wrote {page.write(workdir)}")
+
+    app.run(main)

@@ -19,6 +19,9 @@ ROWS = [
 ]
 
 
+ENDS = ("min", "mean", "max")
+
+
 def pixels(figure):
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=80)
@@ -51,6 +54,38 @@ def test_training_curves_show_the_rows():
     assert lines(accuracy) == {"train": [[1, 0.1], [2, 0.4]], "val": [[2, 0.3]]}
     assert (loss.get_ylabel(), accuracy.get_ylabel()) == ("loss", "accuracy")
     assert loss.get_yscale() == "log"
+
+
+def test_training_curves_have_all_scores_and_those_of_averaged_parameters():
+    rows = [*ROWS, {"step": 2, "val/mean_average_precision": 0.2, "val/ema_loss": 1.6, "val/ema_accuracy": 0.2}]
+    loss, accuracy, precision = plots.training_curves(rows).axes
+    assert lines(loss)["val, averaged"] == [[2, 1.6]]
+    assert list(lines(accuracy)) == ["train", "val", "val, averaged"]
+    assert lines(precision) == {"val": [[2, 0.2]]}
+    assert precision.get_ylabel() == "mAP"
+
+
+def test_curves_have_a_figure_for_all_that_rows_tell():
+    rows = [
+        {"step": 1, "train/loss": 2.0, "train/lr": 0.1, "images_per_second": 10.0, "train/grad_norm": 3.0},
+        {"step": 1, **{f"ssm/s6la/{name}_{end}": i + 1.0 for name in ("dt", "A") for i, end in enumerate(ENDS)}},
+        {"step": 2, "train/loss": 1.0, "train/lr": 0.2, "images_per_second": 11.0, "train/param_norm": 4.0},
+    ]
+    figures = plots.curves(rows)
+    assert list(figures) == [
+        *("loss", "accuracy", "learning rate", "images per second", "norms", "dt of s6la", "|A| of s6la")
+    ]
+    assert list(lines(figures["norms"].axes[0])) == ["grad norm", "param norm"]
+    (speed,) = lines(figures["images per second"].axes[0]).values()
+    assert speed == [[1, 10.0], [2, 11.0]]
+    assert lines(figures["dt of s6la"].axes[0]) == {"geometric mean": [[1, 2.0]]}
+
+
+def test_a_curve_of_many_rows_keeps_its_mean():
+    rows = [{"step": step, "train/lr": float(step % 7)} for step in range(1, 5001)]
+    (line,) = lines(plots.curves(rows)["learning rate"].axes[0]).values()
+    assert len(line) == 1000
+    np.testing.assert_allclose(np.mean(line, 0), [2500.5, np.mean([row["train/lr"] for row in rows])])
 
 
 def test_training_curves_can_do_without_validation():

@@ -1,58 +1,110 @@
-"""Checkpoints of a run: asynchronous and atomic, the best one and the last ones kept."""
+"""Checkpoints of a run: asynchronous and atomic, the best one and the last ones kept, checked when they are read."""
 
-from typing import Any
+import contextlib
+import gc
+import json
+import logging as python_logging
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
+from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from ssm_jax.training.checksums import checksums
 from ssm_jax.training.steps import TrainState
+from ssm_jax.version import __version__
 
-_policies = ocp.training.preservation_policies
+_T = TypeVar("_T")
+
+FORMAT = 1
+"""Version of what a checkpoint has: the names, shapes and meaning of a state's arrays, and the note beside them."""
+
 _KEEP_LAST = 2  # one more than needed: should the newest turn out damaged, the one before is there
+
+_PATIENCE = 300  # seconds that processes wait in a save for others, one of which may have failed
+
+_NAME = "state"  # of the arrays, among what orbax may have in a checkpoint
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is missing or does not fit."""
+    """A checkpoint is missing, does not fit, or cannot be read or written."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved."""
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+    """`path` from the root on, as orbax wants it; a URL such as gs://bucket/run, which `resolve` would break, as is."""
+    path = epath.Path(path)
+    return path if "://" in str(path) else path.resolve()
+
+
+def find_checkpoint(path: epath.PathLike) -> tuple[epath.Path, int | None] | None:
+    """What a run's workdir, or one of its checkpoints, WORKDIR/checkpoints/STEP, means.
+
+    It is the directory of checkpoints, and the step if one is named; None if `path` is neither.
+    """
+    path = absolute(path)
+    if (path / "checkpoints").is_dir():
+        return path / "checkpoints", None
+    return (path.parent, int(path.name)) if path.name.isdigit() and path.parent.is_dir() else None
 
 
 class Checkpoints:
     """The checkpoints in a directory, by step. Use as a context manager: leaving it waits for the last save.
 
-    A save is committed by renaming its directory, so that a process killed in the middle of one leaves nothing that
-    would be taken for a checkpoint.
+    A save is committed by renaming its directory (on an object store by a file that comes last), so that a process
+    killed in the middle of one leaves nothing that would be taken for a checkpoint. Checksums of all arrays are saved
+    and compared when they are read. Nothing in the directory is touched before something is saved, so that others may
+    look at the checkpoints of a run that goes on.
+
+    With several processes all do the same: what one of them cannot read, none takes.
     """
 
-    def __init__(self, directory: epath.PathLike, *, metric: str):
-        """Opens or creates `directory`; the best checkpoint is the one with the largest `metric`."""
+    def __init__(self, directory: epath.PathLike, *, metric: str = ""):
+        """Looks into `directory`, which need not exist.
+
+        The best checkpoint is the one with the largest `metric`, needed only where something is saved. Raises
+        CheckpointError if checkpoints are of another format.
+        """
         self._directory = epath.Path(directory)
         self._metric = metric
-        best = _policies.BestN(get_metric_fn=lambda m: m[metric], n=1, keep_checkpoints_without_metrics=False)
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory,
-            # The training loop decides when to save. (Orbax's own policies do not satisfy its protocols for pyright.)
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
-            preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(_KEEP_LAST), best]),  # pyright: ignore
-            cleanup_tmp_directories=True,
-        )
-        self._pending = None
+        self._checkpointer: Any = None  # made when something is saved: orbax then cleans up
+        self._pending: tuple[int, Any] | None = None
+        found = _Found(*_of_first_process(lambda: _look(self._directory)))
+        if found.refusal:
+            raise CheckpointError(found.refusal)
+        self._scores: dict[int, float | None] = dict(found.scores)
+        self._damaged: dict[int, str] = dict(found.damaged)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._checkpointer.close()
-
-    def _committed(self) -> list[Any]:
-        """All checkpoints, once the save under way has ended: orbax lists it before it is there."""
-        if self._pending is not None:
-            self._pending.result()
-        return sorted(self._checkpointer.checkpoints, key=lambda checkpoint: checkpoint.step)
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self._wait()
+        except CheckpointError as unsaved:
+            if error is None:
+                raise
+            logging.error("%s", unsaved)  # besides what ended the run
+        finally:
+            if self._checkpointer is not None:
+                with contextlib.suppress(Exception):  # those of the last save, which have been reported
+                    self._checkpointer.close()
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints, in order. Waits for the last save."""
-        return [checkpoint.step for checkpoint in self._committed()]
+        """Steps of all checkpoints that are not known to be damaged, in order. Waits for the last save."""
+        self._wait()
+        return sorted(self._scores)
 
     @property
     def last(self) -> int | None:
@@ -62,42 +114,359 @@ class Checkpoints:
     @property
     def best(self) -> int | None:
         """Step of the checkpoint with the largest metric, the latest of equals. Waits for the last save."""
-        scored = [(c.metrics[self._metric], c.step) for c in self._committed() if c.metrics]
-        return max(scored)[1] if scored else None
+        self._wait()
+        return next(iter(self._by_score()), None)
+
+    def scored(self, step: int) -> bool:
+        """Whether there is a checkpoint of `step` with metrics."""
+        return self._scores.get(step) is not None
+
+    def _by_score(self) -> list[int]:
+        """The best first."""
+        scored = [(score, step) for step, score in self._scores.items() if score is not None]
+        return [step for _, step in sorted(scored, reverse=True)]
 
     def save(self, state: TrainState, metrics: dict[str, Any] | None = None) -> None:
         """Starts to save `state` under its step; returns once it has been copied from the devices.
 
-        `metrics` is given if the model was just evaluated.
+        `metrics` is given if the model was just evaluated. Raises CheckpointError if this save, or the one before,
+        cannot be written.
         """
-        self._pending = self._checkpointer.save_async(int(state.step), vars(state), metrics=metrics)
+        self._wait()
+        step = int(state.step)
+        note = {
+            "format": FORMAT,
+            "version": __version__,
+            "metrics": metrics,
+            "best_by": self._metric,
+            "arrays": _shapes(vars(state)),
+            "checksums": checksums(vars(state)),
+        }
+        self._set_damaged_aside()
+        again = step in self._scores  # now with metrics
+        self._scores[step] = metrics[self._metric] if metrics else None
+        try:
+            saving = self._opened().save_async(
+                step, vars(state), custom_metadata=note | {"checksum": _checksum(note)}, overwrite=again
+            )
+        except Exception as error:
+            raise self._unsaved(step, error) from error
+        self._pending = step, saving
+        self._scores = {step: self._scores[step] for step in self._kept()}
+
+    def _kept(self) -> set[int]:
+        return {*sorted(self._scores)[-_KEEP_LAST:], *self._by_score()[:1]}
+
+    def _wait(self) -> None:
+        if self._pending is None:
+            return
+        (step, saving), self._pending = self._pending, None
+        try:
+            saving.result()
+        except Exception as error:
+            raise self._unsaved(step, error) from error
+
+    def _unsaved(self, step: int, error: Exception) -> CheckpointError:
+        del self._scores[step]
+        kept = f"the checkpoint of step {max(self._scores)} is kept" if self._scores else "there is none before it"
+        return CheckpointError(
+            f"the checkpoint of step {step} cannot be saved in {self._directory}: {_cause(error)}. Free space, or "
+            f"mend what this names, and start the same command again; {kept}."
+        )
+
+    def _opened(self) -> Any:
+        if self._checkpointer is None:
+            context = ocp.Context()
+            context.asynchronous.timeout_secs = _PATIENCE
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory,
+                context=context,
+                # The training loop decides when to save. (Orbax's policies do not satisfy its protocols for pyright.)
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),  # pyright: ignore
+                preservation_policy=_Preserve(self._kept),  # pyright: ignore
+                cleanup_tmp_directories=True,
+            )
+        return self._checkpointer
+
+    def _set_damaged_aside(self) -> None:
+        """Renames what is damaged: it may have to make way for a checkpoint of that step, but nothing is deleted."""
+        if not self._damaged:
+            return
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                path = self._directory / str(step)
+                names = (f"{step}.damaged" + (f"-{i}" if i else "") for i in range(1_000))
+                path.rename(next(aside for aside in map(self._directory.joinpath, names) if not aside.exists()))
+        self._damaged.clear()
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        if self._checkpointer is not None:
+            self._checkpointer.reload()
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
         """Loads the state of `step`.
 
         `abstract` has the shape, dtype and sharding of every array (`jax.ShapeDtypeStruct`); the sharding may differ
-        from that of the saved one. Raises CheckpointError if the step is missing or has other arrays.
+        from that of the saved one, as may devices and processes. Raises CheckpointError if the step is missing or has
+        other arrays, and DamagedCheckpointError if it is not what was saved.
         """
+        return TrainState(**self._load(step, lambda there: vars(abstract)))
+
+    def restore_last(self, abstract: TrainState) -> TrainState | None:
+        """Loads the newest state, or None if there is none.
+
+        One that is damaged is named in a warning, and the one before it taken. Raises CheckpointError if all are, and
+        as `restore` does.
+        """
+        self._wait()
+        candidates = sorted([*self._scores, *self._damaged], reverse=True)
+        return self._first(candidates, lambda step: self.restore(abstract, step)) if candidates else None
+
+    def restore_best(self, abstract: TrainState) -> TrainState:
+        """Loads the best state; where it is damaged, the next best, as `restore_last`. There has to be one."""
+        return self._best(lambda step: self.restore(abstract, step))
+
+    def read_network(self, step: int | None = None) -> dict[str, Any]:
+        """Loads `params` and `rest` of a step, or of the best one, whatever their shapes, as NumPy arrays."""
+
+        def network(there: Any) -> dict[str, Any]:
+            return {
+                name: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), there[name]) for name in ("params", "rest")
+            }
+
+        return self._load(step, network) if step is not None else self._best(lambda step: self._load(step, network))
+
+    def _best(self, load: Callable[[int], _T]) -> _T:
+        self._wait()
+        candidates = self._by_score()
+        if not candidates and not self._damaged:
+            raise CheckpointError(f"{self._directory} has no evaluated checkpoint; name one, {self._directory}/STEP.")
+        return self._first([*self._damaged, *candidates], load)  # of the damaged, none knows how good they were
+
+    def _first(self, candidates: Sequence[int], load: Callable[[int], _T]) -> _T:
+        """What `load` gives for the first of the steps that is not damaged."""
+        for step, following in zip(candidates, [*candidates[1:], None], strict=True):
+            try:
+                return load(step)
+            except DamagedCheckpointError as error:
+                self._damaged[step] = str(error)
+                self._scores.pop(step, None)
+                if following is None:
+                    raise CheckpointError(
+                        f"{error} There is no other to fall back to in {self._directory}. Start again in a new "
+                        "--workdir, or bring a copy of it back."
+                    ) from error
+                if jax.process_index() == 0:
+                    logging.warning("%s Falling back to the checkpoint of step %d.", error, following)
+        raise AssertionError("there is at least one candidate")
+
+    def _load(self, step: int, select: Callable[[Any], Any]) -> Any:
+        """Loads the arrays of a step that `select` describes, given a description of all that are there."""
+        if step in self._damaged:
+            raise DamagedCheckpointError(self._damaged[step])
         if step not in self.steps:
             raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has {self.steps}.")
-        metadata: Any = self._checkpointer.metadata(step)
-        # Compared here, as orbax reports a misfit as an unknown format, and without naming the array.
-        saved, wanted = _shapes(metadata.metadata), _shapes(vars(abstract))
-        misfits = [
-            f"{name} is {saved.get(name, 'absent')} there and {wanted.get(name, 'absent')} here"
-            for name in sorted(saved.keys() | wanted.keys(), key=lambda name: (not name.startswith("params"), name))
-            if saved.get(name) != wanted.get(name)
-        ]
-        if misfits:
-            shown = "; ".join(misfits[:5]) + (f"; and {len(misfits) - 5} more" if len(misfits) > 5 else "")
-            raise CheckpointError(
-                f"checkpoint {self._directory / str(step)} does not fit this model in {len(misfits)} arrays: {shown}."
-            )
-        state: Any = self._checkpointer.load(step, vars(abstract))
-        return TrainState(**state)
+        path = self._directory / str(step)
+        note, there = _together(lambda: _described(path), path)
+        wanted = select(there)
+        _check_fit(wanted, note["arrays"], path)
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        # Each process reads for itself: orbax would let the others wait for one that fails.
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+
+        def read() -> Any:
+            with context:
+                return ocp.load(path, wanted, checkpointable_name=_NAME)
+
+        loaded = _together(read, path)
+        found = checksums(loaded)
+        _together(lambda: _compare(found, note["checksums"]), path)
+        return loaded
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+class _Preserve:
+    """Orbax's protocol for what is kept."""
+
+    def __init__(self, kept: Callable[[], set[int]]):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        kept = self._kept()
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+
+class _Found(NamedTuple):
+    """What is in a directory of checkpoints, as JSON has it."""
+
+    scores: list[tuple[int, float | None]]
+    damaged: list[tuple[int, str]]
+    refusal: str
+    """Why the checkpoints cannot be used, or empty."""
+
+
+def _look(directory: epath.Path) -> _Found:
+    found = _Found([], [], "")
+    try:
+        steps = _told(lambda: _committed(directory), directory)
+    except CheckpointError as error:
+        return found._replace(refusal=str(error))
+    for step in steps:
+        path = directory / str(step)
+        try:
+            note, _ = _told(lambda path=path: _described(path), path)
+            found.scores.append((step, note["metrics"][note["best_by"]] if note["metrics"] else None))
+        except DamagedCheckpointError as error:
+            found.damaged.append((step, str(error)))
+        except CheckpointError as error:
+            return found._replace(refusal=str(error))
+    return found
+
+
+def _committed(directory: epath.Path) -> list[int]:
+    """Steps of the saves that came to their ends."""
+    if not directory.is_dir():
+        return []
+    paths = [path for path in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
+    if str(directory).startswith("gs://"):  # where directories cannot be renamed
+        paths = [path for path in paths if (path / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in paths)
+
+
+def _described(path: epath.Path) -> tuple[dict[str, Any], Any]:
+    """The note in a checkpoint, and its tree with descriptions of arrays."""
+    metadata: Any = ocp.metadata(path, _NAME)
+    note = dict(metadata.custom_metadata or {})
+    checksum = note.pop("checksum", None)
+    if not note and metadata.commit_timestamp_nsecs is not None:
+        writer = "a version of ssm_jax that did not write checksums yet"
+    elif checksum != _checksum(note):
+        raise ValueError("its _CHECKPOINT_METADATA is not what was written")
+    elif note["format"] != FORMAT:
+        writer = f"ssm_jax {note['version']} in format {note['format']}"
+    elif note["arrays"] != _shapes(metadata.metadata):
+        raise ValueError("the arrays that it describes are not those that were written")
+    else:
+        return note, metadata.metadata
+    raise CheckpointError(
+        f"checkpoint {path} was written by {writer}; ssm_jax {__version__} reads format {FORMAT}. Go on with "
+        "that version, or start again in a new --workdir, where config.weights may be a file that python -m "
+        "experiments.export wrote with that version."
+    )
+
+
+def _checksum(note: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
+
+
+def _check_fit(wanted: Any, there: dict[str, str], path: epath.Path) -> None:
+    """Raises CheckpointError unless the arrays of each part that is `wanted` are those that are `there`."""
+    # Compared here, as orbax reports a misfit as an unknown format, and without naming the array.
+    here = _shapes(wanted)
+    there = {name: shape for name, shape in there.items() if name.partition(".")[0] in wanted}
+    misfits = [
+        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+        for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name))
+        if there.get(name) != here.get(name)
+    ]
+    if misfits:
+        shown = "; ".join(misfits[:5]) + (f"; and {len(misfits) - 5} more" if len(misfits) > 5 else "")
+        raise CheckpointError(f"checkpoint {path} does not fit this model in {len(misfits)} arrays: {shown}.")
+
+
+def _shapes(tree: Any) -> dict[str, str]:
     """Shapes of the arrays in a tree by their names, `params.norm.scale`; orbax writes integer keys as strings."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): str(tuple(leaf.shape))
+        + ("" if leaf.dtype == np.float32 else f" {leaf.dtype}")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _compare(found: dict[str, int], saved: dict[str, int]) -> None:
+    wrong = [name for name, checksum in found.items() if saved.get(name) != checksum]
+    if wrong:
+        more = f" and {len(wrong) - 3} other arrays" if len(wrong) > 3 else ""
+        raise ValueError(f"{', '.join(wrong[:3])}{more} read otherwise than written")
+
+
+_NOT_THE_FILES = (ImportError, PermissionError, ConnectionError, TimeoutError, MemoryError, jax.errors.JaxRuntimeError)
+_NOT_THE_STORE = r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED"
+
+
+def _told(read: Callable[[], _T], path: epath.Path) -> _T:
+    """What `read` gives; any error of it as one about the checkpoint at `path`."""
+    with _nothing_told_of_the_rest():
+        try:
+            return read()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            failure = _failure(error, path)
+        gc.collect()
+    raise failure
+
+
+@contextlib.contextmanager
+def _nothing_told_of_the_rest() -> Iterator[None]:
+    """What else orbax has under way when it fails, fails when it is collected; Python would tell a page of each."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    tasks = python_logging.getLogger("asyncio")
+    told, tasks.disabled = tasks.disabled, True
+    try:
+        yield
+    finally:
+        sys.unraisablehook, tasks.disabled = hook, told
+
+
+def _failure(error: BaseException, path: epath.Path) -> CheckpointError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, _NOT_THE_FILES) or re.search(_NOT_THE_STORE, str(cause)):
+            return CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}.")
+        cause = cause.__cause__ or cause.__context__
+    return DamagedCheckpointError(f"checkpoint {path} is damaged: {_cause(error)}.")
+
+
+def _cause(error: BaseException) -> str:
+    """Where an error comes from, in a line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}".removeprefix("ValueError: ").rstrip(".")
+
+
+def _together(read: Callable[[], _T], path: epath.Path) -> _T:
+    """As `_told`, but where one process fails, all raise its error."""
+    result: Any = None
+    own: CheckpointError | None = None
+    try:
+        result = _told(read, path)
+    except CheckpointError as error:
+        own = error
+    told = "" if own is None else json.dumps([isinstance(own, DamagedCheckpointError), str(own)])
+    failures = [(*json.loads(text), process) for process, text in enumerate(_gathered(told)) if text]
+    if failures:
+        damaged, message, process = min(failures)  # an error that may pass is not taken for damage
+        kind = DamagedCheckpointError if damaged else CheckpointError
+        raise kind(f"process {process}: {message}" if process else message) from own
+    return result
+
+
+def _of_first_process(make: Callable[[], Any]) -> Any:
+    """What `make` gives in the first of all processes: one that may be written as JSON."""
+    return json.loads(_gathered(json.dumps(make()) if jax.process_index() == 0 else "")[0])
+
+
+def _gathered(text: str) -> list[str]:
+    """The texts of all processes."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(data.size))
+    padded = np.zeros(max(1, *sizes), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,12 +8,23 @@ import jax
 import numpy as np
 
 from ssm_jax.training.checkpoints import Checkpoints
-from ssm_jax.training.metrics import MetricWriter, ProgressBar, Throughput
+from ssm_jax.training.metrics import MetricWriter, ProgressBar, Throughput, memory
 from ssm_jax.training.steps import TrainState
+
+_AHEAD = 4
+"""Steps that may wait for the devices: enough to keep them busy, and batches in their memory."""
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient became NaN or infinite."""
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """Training was asked to stop; the state after `step` is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step:,}, which is saved.")
+        self.step = step
 
 
 def fit(
@@ -20,7 +32,7 @@ def fit(
     *,
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]],
     batches: Iterator[Any],
-    evaluate: Callable[[TrainState], dict[str, float]],
+    evaluate: Callable[[TrainState], dict[str, float] | None],
     schedule: Callable[[int], Any],
     checkpoints: Checkpoints,
     writer: MetricWriter,
@@ -30,46 +42,69 @@ def fit(
     eval_every: int,
     checkpoint_every: int,
     log_every: int,
+    stopping: Callable[[int], bool] = lambda step: False,
+    tracing: Callable[[int, TrainState], None] = lambda step, state: None,
+    throughput: Throughput | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `total_steps`.
 
     Metrics are fetched from the devices every `log_every` steps and written as means since the last time. The model
     is evaluated and saved every `eval_every` steps and at the end, and also saved every `checkpoint_every` steps.
+    `stopping` is asked once after each step, after the evaluation where there is one; `evaluate` may ask it amid an
+    evaluation, and gives None if it is to stop: the state is then saved without scores. `tracing` is told the number of
+    each step before it begins, and the state, see `ssm_jax.training.profiling.Trace`.
 
-    Raises NonFiniteLossError, before anything of it is saved, if a loss or the norm of its gradient is NaN or infinite.
+    Raises:
+        NonFiniteLossError: before anything of it is saved, if a loss or the norm of its gradient is NaN or infinite.
+        Stopped: as soon as `stopping(step)` holds, once the state after that step has been saved to the end.
     """
     start = int(state.step)
     window: list[dict[str, jax.Array]] = []
-    throughput = Throughput()
+    throughput = throughput or Throughput()
     for step in range(start + 1, total_steps + 1):
-        state, metrics = train_step(state, next(batches))
+        tracing(step, state)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            with throughput.waiting(), jax.profiler.TraceAnnotation("wait for input"):
+                batch = next(batches)
+            state, metrics = train_step(state, batch)
         window.append(metrics)
+        if len(window) > _AHEAD:
+            jax.block_until_ready(window[-_AHEAD - 1])
         if step == start + 1:
             jax.block_until_ready(metrics)  # compiled, which is not what images per second are about
             throughput.restart()
         else:
             throughput.add(batch_size)
         evaluating = step % eval_every == 0 or step == total_steps
-        saving = evaluating or step % checkpoint_every == 0
+        stop = not evaluating and stopping(step)
+        saving = evaluating or stop or step % checkpoint_every == 0
         if saving or step % log_every == 0:
             means = _means(jax.device_get(window), last_step=step, checkpoints=checkpoints)
             window.clear()
-            rate = throughput.rate
+            rates = throughput.row
+            rate = rates.get("images_per_second", math.nan)
             row = {f"train/{name}": value for name, value in means.items()}
-            writer.write(step, row | {"train/lr": float(schedule(step - 1)), "images_per_second": rate})
+            writer.write(step, row | {"train/lr": float(schedule(step - 1))} | rates | memory())
             progress.update(step, loss=means["loss"], accuracy=means["accuracy"], images_per_second=rate)
+            throughput.restart()
         scores = None
         if evaluating:
             scores = evaluate(state)
+            stop = scores is None
+        if scores is not None:
             writer.write(step, scores)
             progress.print(
                 f"step {step:,}/{progress.total_steps:,}  loss {means['loss']:.4f}  "
                 + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-                + f"  {rate:,.0f} images/s"
+                + ("" if math.isnan(rate) else f"  {rate:,.0f} images/s")
             )
         if saving:
+            writer.flush()
             checkpoints.save(state, scores)
             throughput.restart()
+        if stop or (evaluating and stopping(step)):
+            assert checkpoints.last == step  # which waits for it
+            raise Stopped(step)
     return state
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ssm_jax.training.checkpoints import Checkpoints
-from ssm_jax.training.loop import NonFiniteLossError, fit
+from ssm_jax.training.loop import NonFiniteLossError, Stopped, fit
 from ssm_jax.training.metrics import MetricWriter, ProgressBar, read_metrics
 from ssm_jax.training.steps import TrainState
 
@@ -41,8 +41,12 @@ class Recorded(Checkpoints):
 class Trained:
     """A run of `fit` on numbers as batches, and what it wrote."""
 
-    def __init__(self, workdir, *, losses=None, start=0, checkpoints=None, **cadence):
+    def __init__(self, workdir, *, losses=None, start=0, checkpoints=None, stop_at=None, **cadence):
         self.taken = 0
+        self.asked = []
+        self.traced = []
+        self.stop_at = stop_at
+        self.stopped = None
         self.evaluated = []
         self.checkpoints = checkpoints or Recorded()
         self.workdir = workdir
@@ -52,18 +56,23 @@ class Trained:
             MetricWriter(workdir, step=start) as writer,
             ProgressBar(total_steps=cadence["total_steps"], step=start) as progress,
         ):
-            self.state = fit(
-                state_at(start),
-                train_step=train_step,
-                batches=map(self.batch, losses),
-                evaluate=self.evaluate,
-                schedule=lambda step: 0.1 * step,
-                checkpoints=self.checkpoints,
-                writer=writer,
-                progress=progress,
-                batch_size=BATCH_SIZE,
-                **cadence,
-            )
+            try:
+                self.state = fit(
+                    state_at(start),
+                    train_step=train_step,
+                    batches=map(self.batch, losses),
+                    evaluate=self.evaluate,
+                    schedule=lambda step: 0.1 * step,
+                    checkpoints=self.checkpoints,
+                    writer=writer,
+                    progress=progress,
+                    batch_size=BATCH_SIZE,
+                    stopping=self.stopping,
+                    tracing=lambda step, state: self.traced.append((step, self.taken, int(state.step))),
+                    **cadence,
+                )
+            except Stopped as stopped:
+                self.stopped = stopped.step
 
     def batch(self, loss):
         self.taken += 1
@@ -73,13 +82,17 @@ class Trained:
         self.evaluated.append(int(state.step))
         return {"val/loss": 0.5, "val/accuracy": int(state.step) / 100}
 
+    def stopping(self, step):
+        self.asked.append((step, list(self.saved)))
+        return step == self.stop_at
+
     @property
     def rows(self):
         return read_metrics(self.workdir)
 
     @property
     def saved(self):
-        return [step for step, _ in self.checkpoints.saved]
+        return [step for step, _ in getattr(self.checkpoints, "saved", [])]
 
 
 @pytest.fixture
@@ -143,6 +156,30 @@ def test_throughput_is_positive_from_the_second_step_on(trained):
     assert all(row["images_per_second"] > 0 for row in training_rows(trained.rows))
 
 
+def test_rows_tell_how_much_of_the_time_input_took(trained):
+    assert all(0 <= row["input_wait"] <= 1 for row in training_rows(trained.rows))
+
+
+def test_what_a_row_is_about_is_written_before_its_checkpoint(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(MetricWriter, "flush", lambda self: order.append("flush"))
+    monkeypatch.setattr(Recorded, "save", lambda self, state, metrics=None: order.append(int(state.step)))
+    Trained(tmp_path)
+    assert order == ["flush", 4, "flush", 5, "flush", 8, "flush", 10, "flush", 12]
+
+
+def test_a_trace_is_told_of_each_step_before_it_begins(trained):
+    assert trained.traced == [(step, step - 1, step - 1) for step in range(1, 13)]
+
+
+def test_numbers_are_fetched_only_for_rows(tmp_path, monkeypatch):
+    fetched = []
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda tree: fetched.append(len(tree)) or device_get(tree))
+    Trained(tmp_path)
+    assert fetched == [3, 1, 1, 1, 2, 1, 1, 2]  # steps
+
+
 def test_a_run_goes_on_from_its_step(tmp_path, trained):
     rest = Trained(tmp_path, start=8, losses=itertools.count(9.0))
     assert int(rest.state.step) == 12
@@ -157,6 +194,51 @@ def test_a_finished_run_is_left_as_it_is(tmp_path, trained):
     again = Trained(tmp_path, start=12)
     assert (again.taken, again.evaluated, again.saved) == (0, [], [])
     assert again.rows == before
+
+
+def test_it_is_asked_after_every_step_whether_to_stop(trained):
+    assert [step for step, _ in trained.asked] == [*range(1, 13)]
+    assert trained.stopped is None
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5, 7, 12])
+def test_a_run_that_is_stopped_ends_with_its_state_saved_once(tmp_path, at):
+    """Amid everything, after a row, after a checkpoint, after an evaluation, and after the last step."""
+    stopped = Trained(tmp_path, stop_at=at)
+    assert stopped.stopped == stopped.taken == stopped.asked[-1][0] == at
+    assert stopped.saved == sorted({step for step in (4, 5, 8, 10, 12) if step < at} | {at})
+    assert stopped.evaluated == [step for step in (5, 10, 12) if step <= at]
+    assert training_rows(stopped.rows)[-1]["step"] == at
+
+
+def test_where_a_run_is_evaluated_it_is_asked_to_stop_afterwards(tmp_path):
+    """So that being asked during an evaluation is noticed at once."""
+    assert Trained(tmp_path).asked[4] == (5, [4, 5])
+
+
+@pytest.mark.parametrize("at", [3, 4, 5, 7])
+def test_a_run_that_was_stopped_ends_as_an_unbroken_one(tmp_path, trained, at):
+    (tmp_path / "run").mkdir()
+    first = Trained(tmp_path / "run", stop_at=at)
+    rest = Trained(tmp_path / "run", start=at, losses=itertools.count(at + 1.0))
+    assert first.evaluated + rest.evaluated == trained.evaluated
+    scored = {step: scores for step, scores in first.checkpoints.saved + rest.checkpoints.saved if scores}
+    assert scored == {step: scores for step, scores in trained.checkpoints.saved if scores}
+
+
+def test_a_stopped_run_has_been_saved_to_the_end(tmp_path):
+    (tmp_path / "run").mkdir()
+    with Checkpoints(tmp_path / "checkpoints", metric="val/accuracy") as checkpoints:
+        Trained(tmp_path / "run", stop_at=7, checkpoints=checkpoints)
+        assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+        assert checkpoints.steps == [5, 7]
+
+
+def test_a_bad_loss_is_not_saved_when_a_run_is_stopped(tmp_path):
+    recorded = Recorded()
+    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 6; the checkpoint of step 5 is kept"):
+        Trained(tmp_path, losses=[1.0] * 5 + [np.nan, 1.0], checkpoints=recorded, stop_at=7)
+    assert [step for step, _ in recorded.saved] == [4, 5]
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf, -np.inf])
