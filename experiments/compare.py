@@ -38,6 +38,7 @@ from experiments.experiment import Experiment, build
 from experiments.report import save_pictures
 from experiments.train import train, workdir_flag
 from ssm_jax import list_models
+from ssm_jax.training.loop import Stopped
 from ssm_jax.training.metrics import read_metrics
 
 _SHARD = flags.DEFINE_string("shard", "1/1", "I/N: every N-th run, from the I-th on, is this process's.")
@@ -83,7 +84,8 @@ def compare(
         number, shards = shard
         for i, run in enumerate(runs):
             if i % shards == number - 1 and not run.finished:
-                print(f"run {i + 1} of {len(runs)}: {run.name}", flush=True)
+                if jax.process_index() == 0:
+                    print(f"run {i + 1} of {len(runs)}: {run.name}", flush=True)
                 _train(run)
     summary = {
         name: _summary(options, [run for run in runs if run.comparison == name], experiments)
@@ -154,6 +156,8 @@ def _train(run: Run) -> None:
         claim_workdir(run.workdir, run.config)
         run.error.unlink(missing_ok=True)
         train(run.config, run.workdir)
+    except Stopped:
+        raise
     except Exception as error:  # whatever it is, the others can go on
         first = traceback.format_exception_only(error)[-1]
         print(f"{run.name} failed: {first}", flush=True)

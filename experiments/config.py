@@ -13,6 +13,9 @@ from ml_collections import ConfigDict
 Config = Any
 """An ml_collections ConfigDict, whose fields a type checker cannot know."""
 
+_OF_THE_STATE = ("model.", "data.name", "smoke", "ema_decay", "optimizer.name", "optimizer.decay_rule")
+"""Fields, or how they begin, that decide which arrays there are in a checkpoint."""
+
 
 class ConfigError(ValueError):
     """A config asks for something impossible; the message names the field and the fix."""
@@ -149,9 +152,9 @@ def write_file(path: epath.Path, text: str) -> None:
 
 
 def check_same_network(workdir: epath.Path, config: Config) -> None:
-    """Raises ConfigError if the run in `workdir` has another network or dataset than `config`."""
+    """Raises ConfigError if the run in `workdir` has another network, dataset or kind of optimizer than `config`."""
     path = workdir / "config.json"
-    if path.exists() and (differences := _differences(path, config, within=("model.", "data.name", "ema_decay"))):
+    if path.exists() and (differences := _differences(path, config, within=_OF_THE_STATE)):
         raise ConfigError(
             f"{workdir} is a run of another network:\n" + "\n".join(differences) + "\n"
             "Repeat the --config overrides of that run."

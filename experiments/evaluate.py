@@ -13,7 +13,7 @@ from experiments import report
 from experiments.command import config_flag, run_command
 from experiments.config import Config, ConfigError, check_same_network
 from experiments.experiment import Experiment, build
-from ssm_jax.training.checkpoints import CheckpointError, Checkpoints
+from ssm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from ssm_jax.training.steps import TrainState
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of its checkpoints.", required=True)
@@ -37,21 +37,19 @@ def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None 
 
 
 def restore(experiment: Experiment, folder: epath.Path, step: int | None) -> tuple[TrainState, int]:
-    """The state of a step, or of the best one, and which it is."""
-    with Checkpoints(folder, metric="val/accuracy") as checkpoints:
-        step = checkpoints.best if step is None else step
-        if step is None:
-            raise CheckpointError(f"{folder} has no evaluated checkpoint; name one, {folder}/STEP.")
-        return checkpoints.restore(experiment.abstract_state, step), step
+    """The state of a step, or of the best one that is not damaged, and which it is."""
+    abstract = experiment.abstract_state
+    with Checkpoints(folder) as checkpoints:
+        state = checkpoints.restore_best(abstract) if step is None else checkpoints.restore(abstract, step)
+    return state, int(state.step)
 
 
 def find(checkpoint: epath.PathLike) -> tuple[epath.Path, int | None]:
     """The folder of checkpoints that is meant, and the step if one is."""
-    path = epath.Path(checkpoint).resolve()
-    folder, step = (path.parent, int(path.name)) if path.name.isdigit() else (path / "checkpoints", None)
-    if not folder.is_dir():
+    found = find_checkpoint(checkpoint)
+    if found is None:
         raise ConfigError(f"--checkpoint={checkpoint} is neither a run's workdir nor a checkpoint in one.")
-    return folder, step
+    return found
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import functools
 import itertools
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,15 +17,18 @@ from flax import nnx
 import ssm_jax
 from experiments import smoke
 from experiments.config import Config, ConfigError, check, section
-from experiments.weights import built, start_from_file
+from experiments.weights import built, start_from_weights
+from ssm_jax.chips import chip
 from ssm_jax.data import recipe
 from ssm_jax.data.datasets import Dataset, Source
 from ssm_jax.data.pipeline import Batches, eval_batches, train_batches
 from ssm_jax.data.resolution import normalize, resample
+from ssm_jax.summary import summary
 from ssm_jax.training.optimizer import make_optimizer, param_groups
 from ssm_jax.training.schedules import ema_decay_at, learning_rate, restarted
 from ssm_jax.training.scores import mean_scores
 from ssm_jax.training.sharding import batch_sharding, gather, make_mesh, put_batch, replicated, state_shardings
+from ssm_jax.training.statistics import ssm_statistics
 from ssm_jax.training.steps import TrainState, init_state, make_eval_step, make_train_step
 from ssm_jax.training.tasks import Classification, MultiLabel, Task
 
@@ -34,6 +37,9 @@ _OPTIMIZER = (
     *("clip_norm", "momentum", "b1", "b2", "eps"),
 )
 """Fields of config.optimizer that are arguments of `make_optimizer`; the rest is of the schedule."""
+
+_SCORES = {"coco": "mean_average_precision", "hmdb51": "video_accuracy"}
+"""What tables compare networks by, where that is not the accuracy."""
 
 _SMALL = 16_384
 """Bytes of an image, encoded or not, up to which one thread reads: more would contend for the interpreter's lock."""
@@ -45,6 +51,10 @@ class Stage(NamedTuple):
     resolution: int
     bandlimit: float | None
     end: int
+
+
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """An evaluation was asked to stop."""
 
 
 class Evaluation(NamedTuple):
@@ -102,20 +112,64 @@ class Experiment:
         shardings = state_shardings(abstract, self.mesh, self.config.sharding_rules)
         return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
+    @property
+    def abstract_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of a batch for training."""
+        data, rows = self.dataset, self.config.batch_size
+        frames = () if data.frames is None else (data.frames,)
+        images = (rows, *frames, data.resolution, data.resolution, data.channels)
+        labels = ((rows, data.num_classes), jnp.float32) if data.multi_label else ((rows,), jnp.int32)
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+            for name, (shape, dtype) in {"image": (images, jnp.uint8), "label": labels}.items()
+        }
+
     @functools.cached_property
     def _shardings(self) -> TrainState:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state)
 
     def init(self) -> TrainState:
-        """The state before the first step, on the mesh. Raises ConfigError for a file of weights that does not fit."""
+        """The state before the first step, on the mesh. Raises ConfigError for weights that do not fit."""
         if not self.config.weights:
             return jax.jit(self._init, out_shardings=self._shardings)()
         model = built(self.create_model)
-        start_from_file(self.config, model, _arguments(self.config, self.dataset))
+        start_from_weights(self.config, model, _arguments(self.config, self.dataset))
         return jax.device_put(self._state(model), self._shardings)
 
     def _gather(self, params: Any) -> Any:
         return gather(params, self._shardings.params)
+
+    @property
+    def best_by(self) -> str:
+        """The score of validation by which a checkpoint is the best."""
+        return f"val/{_SCORES.get(self.config.data.name, 'accuracy')}"
+
+    def ideal_seconds(self, stage: Stage) -> float | None:
+        """Seconds of training per image if all devices did its matrix products at their peak; None if that is unknown.
+
+        Products of a forward pass, and twice as many of a backward pass.
+        """
+        device = chip(self.mesh.devices.flat[0].device_kind)
+        if device is None:
+            return None
+        frames = () if self.dataset.frames is None else (self.dataset.frames,)
+        shape = (1, *frames, stage.resolution, stage.resolution, self.dataset.channels)
+        nowhere = jax.sharding.AbstractMesh((), ())  # or only one device's part of the products would be seen
+        with jax.sharding.use_abstract_mesh(nowhere):
+            cost = summary(self.abstract_model, shape, rate=self.dataset.resolution / stage.resolution).total
+        return 3 * 2 * cost.multiply_adds / (device.flops * self.mesh.size)
+
+    @functools.cached_property
+    def _ssm_statistics(self) -> Callable[[Any, Any], dict[str, jax.Array]]:
+        graphdef = nnx.graphdef(self.abstract_model)
+        return jax.jit(
+            lambda params, rest: ssm_statistics(nnx.merge(graphdef, params, rest)), out_shardings=replicated(self.mesh)
+        )
+
+    def ssm_statistics(self, state: TrainState) -> dict[str, float]:
+        """See `ssm_jax.training.statistics`."""
+        return {name: float(x) for name, x in jax.device_get(self._ssm_statistics(state.params, state.rest)).items()}
 
     @property
     def task(self) -> Task:
@@ -212,14 +266,17 @@ class Experiment:
         """Numbers of the examples that could not be read, by source (val may be test): each is reported once."""
         return defaultdict(set)
 
-    def evaluate(self, state: TrainState, split: str, resolution: int) -> Evaluation:
+    def evaluate(
+        self, state: TrainState, split: str, resolution: int, *, stopping: Callable[[], bool] = lambda: False
+    ) -> Evaluation:
         """Scores a split, exactly, whatever the number of devices, see `ssm_jax.training.scores.mean_scores`.
 
-        Scores of averaged parameters, if the state has them, begin with `ema_`.
+        Scores of averaged parameters, if the state has them, begin with `ema_`. Raises Interrupted as soon as
+        `stopping`, which is asked after each batch, says so.
         """
         source = self.dataset.splits[split]
         params = {"": state.params} | ({} if state.ema is None else {"ema_": state.ema})
-        rows = self._rows(params, state.rest, split, resolution)
+        rows = self._rows(params, state.rest, split, resolution, stopping)
         options: dict[str, Any] = {
             "groups": getattr(source, "groups", None),  # the videos of clips
             "multi_label": self.dataset.multi_label,
@@ -232,7 +289,7 @@ class Experiment:
         return Evaluation(scores, *(rows[""][name] for name in ("logits", "label", "mask")))
 
     def _rows(
-        self, params: Mapping[str, Any], rest: Any, split: str, resolution: int
+        self, params: Mapping[str, Any], rest: Any, split: str, resolution: int, stopping: Callable[[], bool]
     ) -> dict[str, dict[str, np.ndarray]]:
         """For each of several parameters, what the evaluation step returns for all examples, in order."""
         source = self.dataset.splits[split]
@@ -250,6 +307,8 @@ class Experiment:
             if running is not None:  # devices have one batch to do, and not all of them in memory
                 done.append(jax.device_get(running))
             running = results
+            if stopping():
+                raise Interrupted
         done.append(jax.device_get(running))
         return {
             prefix: {name: np.concatenate([d[prefix][name] for d in done])[: len(source)] for name in rows}
@@ -257,15 +316,19 @@ class Experiment:
         }
 
 
-def build(config: Config) -> Experiment:
-    """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work."""
+def build(config: Config, *, files: bool = True, devices: Sequence[jax.Device] | None = None) -> Experiment:
+    """Puts an experiment together. Raises ConfigError, before anything is compiled, for what cannot work.
+
+    Without `files` it has all but data, see `ssm_jax.data.datasets.load_dataset`. Its `devices`, by default all of this
+    program, need not exist where it is only compiled, see `ssm_jax.topologies`.
+    """
     check(config)
-    _check_mixing(config)
+    _check_mixing(config, parts=1)
     if config.smoke:
-        config = smoke.cut(config)
+        config = smoke.cut(config, jax.device_count() if devices is None else len(devices))
         check(config)
     with section(config, "data"):
-        dataset = recipe.load(config.data)
+        dataset = recipe.load(config.data, files=files)
     if config.smoke:
         dataset = smoke.shorten(dataset, config)
     with section(config, "augment"):
@@ -273,13 +336,14 @@ def build(config: Config) -> Experiment:
     with section(config, "eval"):
         recipe.eval_transform(dataset, config.data, config.eval)
     with section(config, "mesh"):
-        mesh = make_mesh(config.mesh.to_dict())
+        mesh = make_mesh(config.mesh.to_dict(), devices)
     n_train, parts = len(dataset.splits["train"]), mesh.size * config.accumulate
     if config.batch_size % parts or config.batch_size > n_train:
         raise ConfigError(
             f"config.batch_size must be a multiple of {parts} ({mesh.size} devices x accumulate={config.accumulate}) "
             f"and at most {n_train}, the images of {config.data.name}, got {config.batch_size}."
         )
+    _check_mixing(config, parts=mesh.size)
     stages = _stages(config, dataset.resolution, n_train // config.batch_size)
     create = functools.partial(_create, config, dataset, bandlimit=stages[-1].bandlimit)
     with section(config, "model"):
@@ -296,13 +360,20 @@ def build(config: Config) -> Experiment:
     return Experiment(config, dataset, mesh, create, optimizer, schedule(config.optimizer.lr), stages)
 
 
-def _check_mixing(config: Config) -> None:
-    """Refuses groups that do not fit the batch."""
+def _check_mixing(config: Config, parts: int) -> None:
+    """Refuses groups that do not fit the batch, or `parts` devices that share it: each would compute with all of it."""
     rows, group = config.batch_size // config.accumulate, config.augment.mix_group
-    if (config.augment.mixup or config.augment.cutmix) and rows % min(group, rows):
+    if not (config.augment.mixup or config.augment.cutmix) or group >= rows:
+        return
+    if rows % group:
         raise ConfigError(
             f"config.augment.mix_group must divide the {rows} rows of batch_size={config.batch_size} / accumulate="
             f"{config.accumulate}, or be larger, got {group}."
+        )
+    if group % (rows // parts) and (rows // parts) % group:
+        raise ConfigError(
+            f"config.augment.mix_group must divide the {rows // parts} rows of each of {parts} devices, or be a "
+            f"multiple of them, got {group}."
         )
 
 

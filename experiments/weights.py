@@ -1,4 +1,4 @@
-"""Weights of a file as the start of a run."""
+"""Weights of a file, or of another run, as the start of a run."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +13,8 @@ import ssm_jax
 from experiments.config import Config, ConfigError
 from ssm_jax.pretrained import inflate, load_torch
 from ssm_jax.pretrained.files import read_state
+from ssm_jax.pretrained.save import torch_state
+from ssm_jax.training.checkpoints import Checkpoints, find_checkpoint
 
 _OVER_IMAGES: dict[str, dict[str, Any]] = {
     "convnext_tiny_i3d": {"name": "convnext_tiny"},
@@ -22,26 +24,51 @@ _OVER_IMAGES: dict[str, dict[str, Any]] = {
 """Networks over video, and those over images that they can be inflated from."""
 
 
-def start_from_file(config: Config, model: nnx.Module, arguments: Mapping[str, Any]) -> None:
+def start_from_weights(config: Config, model: nnx.Module, arguments: Mapping[str, Any]) -> None:
     """Gives `model` the weights of `config.weights`, in place; those of a network over images are inflated for video.
 
-    `arguments` are those that `ssm_jax.create_model` made it with, but for `rngs`. A classifier of another number of
-    classes stays as it is. Raises ConfigError if the file is not there, or does not fit.
+    They are a file's, or a run's: those of its best checkpoint, or of the one that is named, without averaging.
+    `arguments` are those that `ssm_jax.create_model` made the model with, but for `rngs`. A classifier of another
+    number of classes stays as it is. Raises ConfigError if there are no such weights, or they do not fit.
     """
     path = epath.Path(config.weights).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"config.weights must be a file, got {config.weights}, which is none.")
+    found = find_checkpoint(path)
+    if found is None and not path.is_file():
+        raise ConfigError(
+            "config.weights must be a file, a run's workdir, or one of its checkpoints, WORKDIR/checkpoints/STEP, got "
+            f"{config.weights}, which is none."
+        )
     try:
-        state = read_state(path)
+        state = read_state(path) if found is None else _of_run(*found)
         over_video = any(np.ndim(value) == 5 for value in state.values())  # kernels of convolutions
-        if config.model.name in _OVER_IMAGES and not over_video:
-            images = _over_images(config, arguments)
-            _load(images, state, path)
-            inflate(images, model)  # pyright: ignore[reportArgumentType]
-        else:
-            _load(model, state, path)
+        inflating = config.model.name in _OVER_IMAGES and not over_video
+        network = _over_images(config, arguments) if inflating else model
+        _load(network, state if found is None else _as_in_a_file(network, state), path)
+        if inflating:
+            inflate(network, model)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise ConfigError(f"config.weights={config.weights}: {error}") from error
+
+
+def _of_run(folder: epath.Path, step: int | None) -> dict[str, np.ndarray]:
+    """Parameters and statistics of a checkpoint, the best one by default, by their names in it."""
+    with Checkpoints(folder) as checkpoints:
+        network = checkpoints.read_network(step)
+    leaves = [leaf for part in network.values() for leaf in jax.tree_util.tree_leaves_with_path(part)]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): array for path, array in leaves}
+
+
+def _as_in_a_file(model: nnx.Module, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Values of a network like `model` by its own names, as `save_safetensors` would write them."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    names = {path: ".".join(map(str, path)) for path, _ in flat}
+    kinds = {path for path, variable in flat if isinstance(variable, (nnx.Param, nnx.BatchStat))}
+    problems = [f"{name} is missing" for path, name in names.items() if path in kinds and name not in state]
+    problems += [f"{name} is unexpected" for name in state.keys() - names.values()]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"weights do not fit {type(model).__name__}: {'; '.join(sorted(problems)[:5])}{more}.")
+    return torch_state(model, {path: state[names[path]] for path in kinds})
 
 
 def _load(model: nnx.Module, state: Mapping[str, Any], path: epath.Path) -> None:

@@ -12,7 +12,10 @@ def get_config() -> ConfigDict:
             "seed": 0,  # of parameters, data order, augmentation and dropout
             "dtype": "float32",  # of matrix products: float32 or bfloat16; state spaces and FFTs stay float32
             "model": {"name": ""},  # of ssm_jax.list_models(), with arguments of its constructor
-            "weights": "",  # file of a network's parameters to start from; one over images is inflated for video
+            # What to start from: a file of a network's parameters, a run's workdir (its best checkpoint), or one of its
+            # checkpoints, WORKDIR/checkpoints/STEP. Of a run these are the parameters themselves; their average is what
+            # experiments.export writes with --ema. A network over images is inflated for video.
+            "weights": "",
             "data": {
                 "name": "",  # of the datasets in docs/data.md
                 "dir": "",  # of the dataset; "": ~/tensorflow_datasets, ~/imagenet, ~/coco or ~/hmdb51

@@ -15,7 +15,7 @@ from experiments.compare import PLAIN, compare, parse_shard, picture
 from experiments.config import ConfigError
 from experiments.experiment import build
 from ssm_jax.training.checkpoints import Checkpoints
-from ssm_jax.training.loop import NonFiniteLossError
+from ssm_jax.training.loop import NonFiniteLossError, Stopped
 
 pytestmark = pytest.mark.slow  # each run is one of experiments.train, which has tests of its own
 
@@ -249,10 +249,10 @@ def test_a_run_that_is_interrupted_and_started_again_gives_the_table_of_an_unbro
         save(self, *arguments)
         saves.append(self)
         if len(saves) == 2:
-            raise KeyboardInterrupt
+            raise Stopped(int(self.last))
 
     monkeypatch.setattr(Checkpoints, "save", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         compare(config, tmp_path / "stopped")
     assert not list((tmp_path / "stopped").rglob("results.json"))
     resumed = compare(config, tmp_path / "stopped")

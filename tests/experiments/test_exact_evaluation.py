@@ -87,7 +87,7 @@ def test_the_best_checkpoint_is_that_of_the_best_parameters(averaged, run, tmp_p
     original = Experiment.evaluate
     validation = iter([{"accuracy": 0.6, "ema_accuracy": 0.1}, {"accuracy": 0.5, "ema_accuracy": 0.9}])
 
-    def evaluate(self, state, split, resolution):
+    def evaluate(self, state, split, resolution, **options):
         evaluation = original(self, state, split, resolution)
         return evaluation._replace(scores=evaluation.scores | next(validation)) if split == "val" else evaluation
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.config import ConfigError
 from experiments.experiment import build
 from ssm_jax.training.tasks import Classification, MultiLabel
 
@@ -155,3 +156,21 @@ def test_training_reads_from_its_step_on_and_repeats_examples(tiny_config):
     for labels in (first, second, third):
         np.testing.assert_array_equal(labels[::2], labels[1::2])
     np.testing.assert_array_equal(next(built.train_batches(2))["label"], third)
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (36, "must divide the 96 rows of batch_size=96 / accumulate=1, or be larger, got 36"),
+        (8, "must divide the 12 rows of each of 8 devices, or be a multiple of them, got 8"),
+        (32, "must divide the 12 rows of each of 8 devices, or be a multiple of them, got 32"),
+    ],
+)
+def test_groups_of_mixup_that_devices_would_share_unevenly_are_refused(tiny_config, group, message):
+    with pytest.raises(ConfigError, match=rf"config\.augment\.mix_group {message}"):
+        build(tiny_config(**{"batch_size": 96, "augment.mixup": 0.8, "augment.mix_group": group}))
+
+
+@pytest.mark.parametrize("group", [6, 24, 128])
+def test_devices_may_have_several_groups_or_share_one(tiny_config, group):
+    build(tiny_config(**{"batch_size": 96, "augment.mixup": 0.8, "augment.mix_group": group}))

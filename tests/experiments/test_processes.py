@@ -1,60 +1,23 @@
 import dataclasses
 import itertools
 import json
+import os
 import re
-import socket
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
+from processes import run_as_four, run_as_two
 
-from experiments.experiment import build
+from experiments.experiment import Experiment, build
 from experiments.train import train, workdir_flag
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.metrics import read_metrics
-
-# What XLA's library for collectives prints, piece by piece from several threads, so that pieces of lines get mixed.
-GLOO = re.compile(r"Gloo|is connected to|peer ranks|^[\s\d]*$")
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def as_open_mpi(rank, size, port):
-    """What mpirun tells the processes that it starts, and where the first one listens."""
-    return {
-        "OMPI_MCA_orte_hnp_uri": f"1531576320.0;tcp://127.0.0.1:{port}",
-        "OMPI_COMM_WORLD_SIZE": str(size),
-        "OMPI_COMM_WORLD_RANK": str(rank),
-        "OMPI_COMM_WORLD_LOCAL_RANK": str(rank),
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-    }
-
-
-def run_as_two(command, *arguments, **environment):
-    """Runs a command in two processes of four devices each; gives (status, output, errors) of both."""
-    port = free_port()
-    started = [command.start(*arguments, devices=4, **as_open_mpi(rank, 2, port), **environment) for rank in range(2)]
-    try:
-        outputs = [process.communicate(timeout=120) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [
-        (process.returncode, "".join(line for line in output.splitlines(True) if not GLOO.search(line)), errors)
-        for process, (output, errors) in zip(started, outputs, strict=True)
-    ]
-
-
-def numbers(workdir):
-    return [
-        {name: value for name, value in row.items() if name != "images_per_second"} for row in read_metrics(workdir)
-    ]
-
 
 COUNT = 97
 """Of examples: a prime number, which no batch divides."""
@@ -180,32 +143,33 @@ def first_batches(experiment):
     return [*itertools.islice(experiment.train_batches(), 6)]  # an epoch has 4
 
 
+SCRIPT = {"PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent.parent, Path(__file__).parent]))}
+"""Where the processes find this file, as the script that it is at its end."""
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_two_processes_train_and_evaluate_as_one_with_all_the_devices(command, finished, on_eight, tmp_path):
-    """Of the script at the end of this file: `train`, then evaluations of a checkpoint of one process."""
+@pytest.mark.timeout(300)
+def test_processes_train_and_evaluate_as_one_with_all_the_devices(command, finished, on_eight, tmp_path):
+    """Two, of which one gets a SIGTERM; then both again, with evaluations; and four from where the two were stopped."""
     together, (alone, config, _) = tmp_path / "together", finished
+    script, where = command(Path(__file__).stem), f"--workdir={together}"
+    for status, _, errors in run_as_two(script, where, "--role=terminated", **SCRIPT):
+        assert status == 75, errors
+        assert "Traceback" not in errors
+        (step,) = re.findall(r"^stopped at step (\d+); the same command goes on\.$", errors, re.MULTILINE)
+    assert 5 <= int(step) < 12
+    assert (together / "checkpoints" / step).is_dir()
+    by_four = tmp_path / "by_four"
+    shutil.copytree(together, by_four)
+
     (first, output, errors), (second, other_output, other_errors) = run_as_two(
-        command(Path(__file__).stem),
-        f"--workdir={together}",
-        f"--finished={best(alone)}",
-        f"--written={tmp_path}",
-        PYTHONPATH=str(Path(__file__).parent),
+        script, where, f"--finished={best(alone)}", f"--written={tmp_path}", **SCRIPT
     )
     assert (first, second) == (0, 0), errors + other_errors
     assert "on 8 x cpu" in output
+    assert f"going on from step {step}" in output
     assert other_output == ""
-
-    assert len(numbers(together)) == len(numbers(alone)) == 8
-    for ours, theirs in zip(numbers(together), numbers(alone), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-
-    results, expected = (json.loads((workdir / "results.json").read_text()) for workdir in [together, alone])
-    assert results["step"] == expected["step"]
-    for resolution, some in expected["test"].items():
-        assert results["test"][resolution] == pytest.approx(some, rel=1e-4)
-    assert len(list(together.glob("events.out.tfevents.*"))) == 1
-    assert len(list((together / "pictures").iterdir())) == 4
+    assert_same_results(together, alone)
 
     # Both processes have all scores, and those are the ones of one process.
     for rank in range(2):
@@ -218,17 +182,79 @@ def test_two_processes_train_and_evaluate_as_one_with_all_the_devices(command, f
         whole = np.stack([batch[name] for batch in first_batches(build(config))])
         np.testing.assert_array_equal(np.concatenate(halves, axis=1), whole)
 
+    (status, output, errors), *others = run_as_four(command(), f"--workdir={by_four}")
+    assert status == 0, errors
+    assert f"going on from step {step}" in output
+    assert [(status, output) for status, output, _ in others] == [(0, "")] * 3
+    assert_same_results(by_four, alone)
+
+
+def assert_same_results(workdir, expected):
+    """Up to rounding: sums over devices are made in another order."""
+    for ours, theirs in zip(validation(workdir), validation(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    ours, theirs = (json.loads((folder / "results.json").read_text()) for folder in (workdir, expected))
+    assert ours["step"] == theirs["step"]
+    for resolution, some in theirs["test"].items():
+        assert ours["test"][resolution] == pytest.approx(some, rel=1e-4)
+    assert {path.name for path in (workdir / "pictures").iterdir()} == {
+        path.name for path in (expected / "pictures").iterdir()
+    }
+
+
+def validation(workdir):
+    """Rows of metrics that do not depend on where training was stopped."""
+    rows = [row for row in read_metrics(workdir) if "val/accuracy" in row]
+    return [{name: value for name, value in row.items() if name == "step" or name[:4] == "val/"} for row in rows]
+
 
 @pytest.mark.slow
-def test_a_mistake_ends_all_processes(command, tmp_path):
-    """Whichever ends first may take the other along before that has said the same."""
-    ended = run_as_two(command(), f"--workdir={tmp_path / 'run'}", "--config.batch_size=63")
-    message = "error: config.batch_size must be a multiple of 8 (8 devices x accumulate=1)"
-    told = [(status, output) for status, output, errors in ended if message in errors and "Traceback" not in errors]
-    assert told
-    assert set(told) == {(2, "")}
-    assert all(status != 0 for status, *_ in ended)
-    assert not (tmp_path / "run").exists()
+def test_a_mistake_in_some_processes_ends_all(command, tmp_path):
+    """Each says what it was, be it its own or another one's."""
+    where = f"--workdir={tmp_path / 'run'}"
+    ended = run_as_four(command(), where, of_some=["--config.batch_size=63"], some=(1, 3))
+    mistake = r"config\.batch_size must be a multiple of 8 \(8 devices x accumulate=1\)"
+    for rank, (status, output, errors) in enumerate(ended):
+        who = r"(process \d of 4 on \S+: )?" if rank in (1, 3) else r"process [13] of 4 on \S+: "
+        assert status == 2, errors
+        assert output == ""
+        assert re.search(rf"^error: {who}{mistake}", errors, re.MULTILINE)
+        assert "Traceback" not in errors
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_one_process_ends_another_that_waits_for_it(command, tmp_path):
+    waiting, failing = run_as_two(command(Path(__file__).stem), f"--workdir={tmp_path}", "--role=failing", **SCRIPT)
+    assert [waiting[0], failing[0]] == [1, 1]
+    assert "Traceback" in failing[2]
+    assert "error: RuntimeError: on fire" in failing[2]
+    assert re.search(r"^error: process 1 of 2 on \S+: RuntimeError: on fire$", waiting[2], re.MULTILINE)
+    assert "Traceback" not in waiting[2]
+
+
+def terminated(config, workdir):
+    """The second process gets a SIGTERM at its fifth batch, from which on both take their time."""
+    experiment = build(config)
+
+    def put(batch, count=itertools.count(1)):  # noqa: B008
+        if (number := next(count)) >= 5:
+            if number == 5 and jax.process_index() == 1:
+                signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        return Experiment.put(experiment, batch)
+
+    object.__setattr__(experiment, "put", put)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("experiments.train.build", lambda config: experiment)
+        train(config, workdir)
+
+
+def failing():
+    """The first process waits for the second one, which fails."""
+    if jax.process_index() == 1:
+        raise RuntimeError("on fire")
+    multihost_utils.sync_global_devices("all are well")
 
 
 def train_and_evaluate(config, workdir, finished, written):
@@ -250,6 +276,14 @@ if __name__ == "__main__":
 
     finished_flag = flags.DEFINE_string("finished", None, "A checkpoint to evaluate.")
     written_flag = flags.DEFINE_string("written", None, "Folder for the results.")
-    run_command(
-        lambda: train_and_evaluate(config_flag.value, workdir_flag.value, finished_flag.value, written_flag.value)
-    )
+    role_flag = flags.DEFINE_string("role", None, "What else to do.")
+
+    def main():
+        if role_flag.value == "failing":
+            failing()
+        elif role_flag.value == "terminated":
+            terminated(config_flag.value, workdir_flag.value)
+        else:
+            train_and_evaluate(config_flag.value, workdir_flag.value, finished_flag.value, written_flag.value)
+
+    run_command(main)

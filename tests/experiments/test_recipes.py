@@ -1,18 +1,18 @@
 """Every recipe in configs/ has a network of its paper's size, and a small one of its kind trains."""
 
-from typing import Any
-
 import jax
 import numpy as np
 import pytest
 import standin
 from ml_collections import ConfigDict
 
+from benchmarks import meshes
 from experiments import smoke
 from experiments.config import check
 from experiments.configs import count_parameters, recipes
 from experiments.experiment import build
-from ssm_jax import models
+from ssm_jax.compiled import Collective, collectives
+from ssm_jax.training import sharding
 
 RECIPES = {recipe.name: recipe.config for recipe in recipes()}
 
@@ -53,30 +53,10 @@ FAST = (
 """One of each kind of data and family, for the second run; the others are marked as slow."""
 
 
-def essence(value: Any) -> Any:
-    """What a config compiles to: of real numbers only whether they are 0, of resolutions whether they are given."""
-    if isinstance(value, dict):
-        names = sorted(value.keys() - {"published", "seed", "init"})  # which init there is changes initial values
-        return {name: bool(value[name]) if "resolution" in name else essence(value[name]) for name in names}
-    if isinstance(value, tuple):
-        return tuple(map(essence, value))
-    return bool(value) if isinstance(value, float) else value
-
-
-def kinds() -> dict[str, list[str]]:
-    """Recipes that are the same run when they are cut, as those for ResNet-50, 101 and 152."""
-    found = {}
-    for name, config in RECIPES.items():
-        if config.data.name in ("digits", "image_folder"):  # these train in test_train.py and test_families.py
-            continue
-        values = smoke.cut(config).to_dict()
-        arguments = values.pop("model")
-        make, defaults = models._MODELS[arguments.pop("name")]
-        found.setdefault(repr((make, essence({**values, **defaults, **arguments}))), []).append(name)
-    return {names[0]: names for names in found.values()}
-
-
-KINDS = kinds()
+KINDS = smoke.kinds(
+    {name: config for name, config in RECIPES.items() if config.data.name not in ("digits", "image_folder")}
+)
+"""Without those that train in test_train.py and test_families.py."""
 
 
 @pytest.fixture(scope="session")
@@ -92,11 +72,17 @@ def stand_in(tmp_path_factory):
     return folder
 
 
-def smoke_run(name, stand_in, monkeypatch):
-    # Several devices share a batch in other tests; here they would only take time to compile for.
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+@pytest.fixture(autouse=True)
+def divided(monkeypatch):
+    """Cut networks have no parameters of 1 MiB, from which on they are divided."""
+    monkeypatch.setattr(sharding, "_MIN_SHARDED_BYTES", meshes.SMALL)
+
+
+def smoke_run(name, stand_in):
+    """On 2 x 4 devices, of which each four share the parameters."""
     config = ConfigDict(RECIPES[name].to_dict())
     config.smoke = True
+    config.mesh.fsdp = 4
     config.data.dir = stand_in(config.data.name)
     return build(config)
 
@@ -104,16 +90,19 @@ def smoke_run(name, stand_in, monkeypatch):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if {*FAST} & {*KINDS[name]} else pytest.mark.slow) for name in KINDS]
 )
-def test_a_small_network_of_the_kind_trains(name, stand_in, monkeypatch):
-    experiment = smoke_run(name, stand_in, monkeypatch)
+def test_a_small_network_of_the_kind_trains(name, stand_in):
+    """And devices exchange no more than that takes."""
+    experiment = smoke_run(name, stand_in)
     assert experiment.total_steps == 2 * len(experiment.stages)
     with jax.set_mesh(experiment.mesh):
         state = experiment.init()
         before = jax.device_get(state.params)
         batches = experiment.train_batches()
         for stage in experiment.stages:
+            step = experiment.train_step(stage).lower(state, experiment.abstract_batch).compile()
+            assert not meshes.unneeded(collectives(step.as_text()), experiment, [stage])
             for _ in range(2):
-                state, metrics = experiment.train_step(stage)(state, experiment.put(next(batches)))
+                state, metrics = step(state, experiment.put(next(batches)))
                 assert np.isfinite(metrics["loss"])
         scores = experiment.evaluate(state, "test", experiment.resolution).scores
     assert np.isfinite([*scores.values()]).all()
@@ -123,10 +112,30 @@ def test_a_small_network_of_the_kind_trains(name, stand_in, monkeypatch):
     assert np.mean(jax.tree.leaves(changed)) > 0.8
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["s4nd/cifar10_iso.py", "s6la/imagenet_deit_base.py"])
+def test_losses_are_those_of_one_device_on_any_mesh(name):
+    """As `python -m benchmarks.meshes` finds for all kinds."""
+    for mesh, result in meshes.compare(RECIPES[name], steps=2, growth=False).items():
+        assert result["apart"] < 2e-5, mesh
+        assert not result["unneeded"], mesh
+
+
+def test_what_is_not_needed_is_told(divided):
+    """An all-gather of activations, sums as of these, and rows that wander although mixing needs none."""
+    config = meshes.cut(RECIPES["s4nd/cifar10_iso.py"], {"data": -1, "fsdp": 4}, 8)
+    experiment = build(config, files=False)
+    activations = 4 * 32 * 32 * 1024
+    for kind in ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all"):
+        complaints = meshes.unneeded([Collective(kind, activations, 4, 1, "")], experiment)
+        assert len(complaints) >= 1, kind
+    assert not meshes.unneeded([Collective("all-reduce", 64, 8, 1, "")], experiment)
+
+
 @pytest.mark.parametrize("name", FAST)
-def test_a_cut_run_has_the_recipes_data_and_classes(name, stand_in, monkeypatch):
+def test_a_cut_run_has_the_recipes_data_and_classes(name, stand_in):
     config = RECIPES[name]
-    experiment = smoke_run(name, stand_in, monkeypatch)
+    experiment = smoke_run(name, stand_in)
     classes = {"celeb_a": 40, "cifar10": 10, "imagenet2012": 1000}
     assert experiment.dataset.num_classes == classes[config.data.name]
     batch = next(experiment.train_batches())
