@@ -1,14 +1,8 @@
 """Checkpoints of a run: asynchronous and atomic, the best one and the last ones kept, checked when they are read."""
 
 import contextlib
-import gc
-import json
-import logging as python_logging
-import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,28 +11,31 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from ssm_jax.training.checkpoint_files import (
+    FORMAT,
+    NAME,
+    CheckpointError,
+    DamagedCheckpointError,
+    Found,
+    check_fit,
+    compare,
+    described,
+    look,
+    note_checksum,
+    of_first_process,
+    root_cause,
+    shapes,
+    together,
+)
 from ssm_jax.training.checksums import checksums
 from ssm_jax.training.steps import TrainState
 from ssm_jax.version import __version__
 
 _T = TypeVar("_T")
 
-FORMAT = 1
-"""Version of what a checkpoint has: the names, shapes and meaning of a state's arrays, and the note beside them."""
-
 _KEEP_LAST = 2  # one more than needed: should the newest turn out damaged, the one before is there
 
 _PATIENCE = 300  # seconds that processes wait in a save for others, one of which may have failed
-
-_NAME = "state"  # of the arrays, among what orbax may have in a checkpoint
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, does not fit, or cannot be read or written."""
-
-
-class DamagedCheckpointError(CheckpointError):
-    """A checkpoint is not what was saved."""
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
@@ -79,7 +76,7 @@ class Checkpoints:
         self._metric = metric
         self._checkpointer: Any = None  # made when something is saved: orbax then cleans up
         self._pending: tuple[int, Any] | None = None
-        found = _Found(*_of_first_process(lambda: _look(self._directory)))
+        found = Found(*of_first_process(lambda: look(self._directory)))
         if found.refusal:
             raise CheckpointError(found.refusal)
         self._scores: dict[int, float | None] = dict(found.scores)
@@ -139,7 +136,7 @@ class Checkpoints:
             "version": __version__,
             "metrics": metrics,
             "best_by": self._metric,
-            "arrays": _shapes(vars(state)),
+            "arrays": shapes(vars(state)),
             "checksums": checksums(vars(state)),
         }
         self._set_damaged_aside()
@@ -147,7 +144,7 @@ class Checkpoints:
         self._scores[step] = metrics[self._metric] if metrics else None
         try:
             saving = self._opened().save_async(
-                step, vars(state), custom_metadata=note | {"checksum": _checksum(note)}, overwrite=again
+                step, vars(state), custom_metadata=note | {"checksum": note_checksum(note)}, overwrite=again
             )
         except Exception as error:
             raise self._unsaved(step, error) from error
@@ -170,7 +167,7 @@ class Checkpoints:
         del self._scores[step]
         kept = f"the checkpoint of step {max(self._scores)} is kept" if self._scores else "there is none before it"
         return CheckpointError(
-            f"the checkpoint of step {step} cannot be saved in {self._directory}: {_cause(error)}. Free space, or "
+            f"the checkpoint of step {step} cannot be saved in {self._directory}: {root_cause(error)}. Free space, or "
             f"mend what this names, and start the same command again; {kept}."
         )
 
@@ -267,9 +264,9 @@ class Checkpoints:
         if step not in self.steps:
             raise CheckpointError(f"{self._directory} has no checkpoint of step {step}; it has {self.steps}.")
         path = self._directory / str(step)
-        note, there = _together(lambda: _described(path), path)
+        note, there = together(lambda: described(path), path)
         wanted = select(there)
-        _check_fit(wanted, note["arrays"], path)
+        check_fit(wanted, note["arrays"], path)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         # Each process reads for itself: orbax would let the others wait for one that fails.
@@ -278,11 +275,11 @@ class Checkpoints:
 
         def read() -> Any:
             with context:
-                return ocp.load(path, wanted, checkpointable_name=_NAME)
+                return ocp.load(path, wanted, checkpointable_name=NAME)
 
-        loaded = _together(read, path)
+        loaded = together(read, path)
         found = checksums(loaded)
-        _together(lambda: _compare(found, note["checksums"]), path)
+        together(lambda: compare(found, note["checksums"]), path)
         return loaded
 
 
@@ -296,177 +293,3 @@ class _Preserve:
         del context
         kept = self._kept()
         return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-class _Found(NamedTuple):
-    """What is in a directory of checkpoints, as JSON has it."""
-
-    scores: list[tuple[int, float | None]]
-    damaged: list[tuple[int, str]]
-    refusal: str
-    """Why the checkpoints cannot be used, or empty."""
-
-
-def _look(directory: epath.Path) -> _Found:
-    found = _Found([], [], "")
-    try:
-        steps = _told(lambda: _committed(directory), directory)
-    except CheckpointError as error:
-        return found._replace(refusal=str(error))
-    for step in steps:
-        path = directory / str(step)
-        try:
-            note, _ = _told(lambda path=path: _described(path), path)
-            found.scores.append((step, note["metrics"][note["best_by"]] if note["metrics"] else None))
-        except DamagedCheckpointError as error:
-            found.damaged.append((step, str(error)))
-        except CheckpointError as error:
-            return found._replace(refusal=str(error))
-    return found
-
-
-def _committed(directory: epath.Path) -> list[int]:
-    """Steps of the saves that came to their ends."""
-    if not directory.is_dir():
-        return []
-    paths = [path for path in directory.iterdir() if re.fullmatch(r"0|[1-9]\d*", path.name)]
-    if str(directory).startswith("gs://"):  # where directories cannot be renamed
-        paths = [path for path in paths if (path / "commit_success.txt").exists()]
-    return sorted(int(path.name) for path in paths)
-
-
-def _described(path: epath.Path) -> tuple[dict[str, Any], Any]:
-    """The note in a checkpoint, and its tree with descriptions of arrays."""
-    metadata: Any = ocp.metadata(path, _NAME)
-    note = dict(metadata.custom_metadata or {})
-    checksum = note.pop("checksum", None)
-    if not note and metadata.commit_timestamp_nsecs is not None:
-        writer = "a version of ssm_jax that did not write checksums yet"
-    elif checksum != _checksum(note):
-        raise ValueError("its _CHECKPOINT_METADATA is not what was written")
-    elif note["format"] != FORMAT:
-        writer = f"ssm_jax {note['version']} in format {note['format']}"
-    elif note["arrays"] != _shapes(metadata.metadata):
-        raise ValueError("the arrays that it describes are not those that were written")
-    else:
-        return note, metadata.metadata
-    raise CheckpointError(
-        f"checkpoint {path} was written by {writer}; ssm_jax {__version__} reads format {FORMAT}. Go on with "
-        "that version, or start again in a new --workdir, where config.weights may be a file that python -m "
-        "experiments.export wrote with that version."
-    )
-
-
-def _checksum(note: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(note, sort_keys=True).encode())
-
-
-def _check_fit(wanted: Any, there: dict[str, str], path: epath.Path) -> None:
-    """Raises CheckpointError unless the arrays of each part that is `wanted` are those that are `there`."""
-    # Compared here, as orbax reports a misfit as an unknown format, and without naming the array.
-    here = _shapes(wanted)
-    there = {name: shape for name, shape in there.items() if name.partition(".")[0] in wanted}
-    misfits = [
-        f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-        for name in sorted(there.keys() | here.keys(), key=lambda name: (not name.startswith("params"), name))
-        if there.get(name) != here.get(name)
-    ]
-    if misfits:
-        shown = "; ".join(misfits[:5]) + (f"; and {len(misfits) - 5} more" if len(misfits) > 5 else "")
-        raise CheckpointError(f"checkpoint {path} does not fit this model in {len(misfits)} arrays: {shown}.")
-
-
-def _shapes(tree: Any) -> dict[str, str]:
-    """Shapes of the arrays in a tree by their names, `params.norm.scale`; orbax writes integer keys as strings."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): str(tuple(leaf.shape))
-        + ("" if leaf.dtype == np.float32 else f" {leaf.dtype}")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _compare(found: dict[str, int], saved: dict[str, int]) -> None:
-    wrong = [name for name, checksum in found.items() if saved.get(name) != checksum]
-    if wrong:
-        more = f" and {len(wrong) - 3} other arrays" if len(wrong) > 3 else ""
-        raise ValueError(f"{', '.join(wrong[:3])}{more} read otherwise than written")
-
-
-_NOT_THE_FILES = (ImportError, PermissionError, ConnectionError, TimeoutError, MemoryError, jax.errors.JaxRuntimeError)
-_NOT_THE_STORE = r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED"
-
-
-def _told(read: Callable[[], _T], path: epath.Path) -> _T:
-    """What `read` gives; any error of it as one about the checkpoint at `path`."""
-    with _nothing_told_of_the_rest():
-        try:
-            return read()
-        except CheckpointError:
-            raise
-        except Exception as error:
-            failure = _failure(error, path)
-        gc.collect()
-    raise failure
-
-
-@contextlib.contextmanager
-def _nothing_told_of_the_rest() -> Iterator[None]:
-    """What else orbax has under way when it fails, fails when it is collected; Python would tell a page of each."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-    tasks = python_logging.getLogger("asyncio")
-    told, tasks.disabled = tasks.disabled, True
-    try:
-        yield
-    finally:
-        sys.unraisablehook, tasks.disabled = hook, told
-
-
-def _failure(error: BaseException, path: epath.Path) -> CheckpointError:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, _NOT_THE_FILES) or re.search(_NOT_THE_STORE, str(cause)):
-            return CheckpointError(f"checkpoint {path} cannot be read: {_cause(error)}.")
-        cause = cause.__cause__ or cause.__context__
-    return DamagedCheckpointError(f"checkpoint {path} is damaged: {_cause(error)}.")
-
-
-def _cause(error: BaseException) -> str:
-    """Where an error comes from, in a line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}".removeprefix("ValueError: ").rstrip(".")
-
-
-def _together(read: Callable[[], _T], path: epath.Path) -> _T:
-    """As `_told`, but where one process fails, all raise its error."""
-    result: Any = None
-    own: CheckpointError | None = None
-    try:
-        result = _told(read, path)
-    except CheckpointError as error:
-        own = error
-    told = "" if own is None else json.dumps([isinstance(own, DamagedCheckpointError), str(own)])
-    failures = [(*json.loads(text), process) for process, text in enumerate(_gathered(told)) if text]
-    if failures:
-        damaged, message, process = min(failures)  # an error that may pass is not taken for damage
-        kind = DamagedCheckpointError if damaged else CheckpointError
-        raise kind(f"process {process}: {message}" if process else message) from own
-    return result
-
-
-def _of_first_process(make: Callable[[], Any]) -> Any:
-    """What `make` gives in the first of all processes: one that may be written as JSON."""
-    return json.loads(_gathered(json.dumps(make()) if jax.process_index() == 0 else "")[0])
-
-
-def _gathered(text: str) -> list[str]:
-    """The texts of all processes."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(data.size))
-    padded = np.zeros(max(1, *sizes), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

@@ -13,8 +13,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint import v1 as ocp
 
+from ssm_jax.training import checkpoint_files, sharding
 from ssm_jax.training import checkpoints as module
-from ssm_jax.training import sharding
 from ssm_jax.training.checkpoints import CheckpointError, Checkpoints, DamagedCheckpointError, absolute, find_checkpoint
 from ssm_jax.training.sharding import make_mesh
 from ssm_jax.training.steps import TrainState
@@ -382,7 +382,7 @@ def test_another_dtype_is_refused(checkpoints):
 
 def test_another_format_is_refused_with_the_version_that_wrote_it(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMAT", 7)
-    monkeypatch.setattr(module.ssm_jax, "__version__", "9.8.7")
+    monkeypatch.setattr(module, "__version__", "9.8.7")
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
         checkpoints.save(small(1))
     monkeypatch.undo()
@@ -533,8 +533,8 @@ def fill(bucket, *names):
 
 def test_in_a_bucket_what_has_no_mark_of_its_commit_is_no_checkpoint(bucket):
     fill(bucket, "4/_METADATA", "8/_METADATA", "8/commit_success.txt", "8.damaged/commit_success.txt")
-    assert module._committed(bucket) == [8]
-    assert module._committed(bucket / "nowhere") == []
+    assert checkpoint_files._committed(bucket) == [8]
+    assert checkpoint_files._committed(bucket / "nowhere") == []
 
 
 def test_in_a_bucket_damaged_checkpoints_are_set_aside(bucket):
