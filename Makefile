@@ -16,7 +16,7 @@ WORKDIR ?= runs/digits
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help train test check lock clean
+.PHONY: help train test faults check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/'
@@ -25,9 +25,12 @@ train: .venv/installed  ## trains the digits network (WORKDIR=runs/digits, ARGS=
 	$(VENV) -m experiments.train --config=configs/s4nd/digits.py --workdir=$(WORKDIR) $(ARGS)
 
 test: .venv/installed  ## all tests, and most of them once more in the tree mode that Flax NNX is moving to
-	$(VENV) -m pytest -n auto --dist worksteal $(ARGS)
+	$(VENV) -m pytest -n auto --dist worksteal -m "not faults" $(ARGS)
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(VENV) -m pytest -n auto --dist worksteal -m "not slow" \
 		tests/layers tests/models tests/training tests/experiments $(ARGS)
+
+faults: .venv/installed  ## breaks runs in every way there is, and prints what came of them
+	$(VENV) -m pytest -n 2 --dist loadfile -m faults tests/faults $(ARGS)
 
 check: .venv/installed  ## lint and types
 	$(VENV) -m ruff check .

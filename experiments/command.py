@@ -66,8 +66,7 @@ def run_command(main: Callable[[], Any]) -> None:
             if isinstance(error, OSError) and error.errno in _FULL:
                 fail(f"{error}. Free space where files are written, and start the same command again.", status=1)
             if processes.several():  # a regular exit waits for the others, which wait for this one
-                traceback.print_exc()
-                fail(f"{type(error).__name__}: {error}", status=1)
+                fail(f"{type(error).__name__}: {error}", status=1, details=traceback.format_exc())
             raise
         gc.collect()  # the frames that Stopped came from, and with them batches in memory that is shared with workers
         processes.finish()

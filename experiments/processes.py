@@ -216,9 +216,10 @@ def stop_status() -> int:
     return _stopping.status
 
 
-def fail(message: str, *, status: int) -> NoReturn:
-    """Ends all processes with a message; the others show it as that of this one."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def fail(message: str, *, status: int, details: str = "") -> NoReturn:
+    """Ends all processes with a message; the others show it, without the details, as that of this one."""
+    if not _ending.locked():  # or another process has failed, and this is what came of it
+        print(f"{details}error: {message}", file=sys.stderr, flush=True)
     if not several():
         sys.exit(status)
     _tell_all(message, status)
