@@ -220,6 +220,9 @@ def main(_: list[str]) -> None:
         jax.config.update("jax_num_cpu_devices", 8)
         measure = lambda config: compare(config, STEPS.value)  # noqa: E731
 
+    out = Path(OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / ("_".join(["meshes", *filter(None, [TOPOLOGY.value.replace(":", "_")])]) + ".json")
     results: dict[str, dict[str, Any]] = {}
     table = Table(title="one recipe of each kind, cut" + (f", on {TOPOLOGY.value}" if TOPOLOGY.value else ""))
     for column in ("recipe", "mesh", "losses apart", "collectives, MB", "not needed"):
@@ -233,11 +236,8 @@ def main(_: list[str]) -> None:
             row = (name, mesh, f"{result['apart']:.1e}" if "apart" in result else "", kinds)
             table.add_row(*row, "; ".join(result["unneeded"]))
             console.print(*row, *result["unneeded"], soft_wrap=True, highlight=False)
+        file.write_text(json.dumps({"where": surroundings("jaxlib", "flax"), "kinds": results}, indent=1) + "\n")
     console.print(table)
-    out = Path(OUT.value)
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / ("_".join(["meshes", *filter(None, [TOPOLOGY.value.replace(":", "_")])]) + ".json")
-    file.write_text(json.dumps({"where": surroundings("jaxlib", "flax"), "kinds": results}, indent=1) + "\n")
     console.print(f"results in {file}")
 
 
