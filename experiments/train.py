@@ -106,7 +106,7 @@ def _fit(
                 raise Stopped(start)
             writer.write(start, scores)
             writer.flush()
-            checkpoints.save(state, scores)
+            checkpoints.add_metrics(start, scores)
         for stage in experiment.stages:
             if start < stage.end:
                 state = fit(

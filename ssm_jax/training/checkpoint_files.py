@@ -57,12 +57,20 @@ def look(directory: epath.Path) -> Found:
         path = directory / str(step)
         try:
             note, _ = _told(lambda path=path: described(path), path)
+            added = added_metrics(directory, step)
+            if not note["metrics"] and added.exists():
+                note |= _told(lambda added=added: json.loads(added.read_text()), added)
             found.scores.append((step, note["metrics"][note["best_by"]] if note["metrics"] else None))
         except DamagedCheckpointError as error:
             found.damaged.append((step, str(error)))
         except CheckpointError as error:
             return found._replace(refusal=str(error))
     return found
+
+
+def added_metrics(directory: epath.Path, step: int) -> epath.Path:
+    """The file with the metrics of a checkpoint, if they came after it."""
+    return directory / f"{step}.metrics.json"
 
 
 def _committed(directory: epath.Path) -> list[int]:

@@ -1,6 +1,7 @@
 """Checkpoints of a run: asynchronous and atomic, the best one and the last ones kept, checked when they are read."""
 
 import contextlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from ssm_jax.training.checkpoint_files import (
     CheckpointError,
     DamagedCheckpointError,
     Found,
+    added_metrics,
     check_fit,
     compare,
     described,
@@ -140,16 +142,30 @@ class Checkpoints:
             "checksums": checksums(vars(state)),
         }
         self._set_damaged_aside()
-        again = step in self._scores  # now with metrics
+        if jax.process_index() == 0:
+            added_metrics(self._directory, step).unlink(missing_ok=True)  # of one that was set aside
         self._scores[step] = metrics[self._metric] if metrics else None
         try:
             saving = self._opened().save_async(
-                step, vars(state), custom_metadata=note | {"checksum": note_checksum(note)}, overwrite=again
+                step, vars(state), custom_metadata=note | {"checksum": note_checksum(note)}
             )
         except Exception as error:
             raise self._unsaved(step, error) from error
         self._pending = step, saving
         self._scores = {step: self._scores[step] for step in self._kept()}
+
+    def add_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Gives a checkpoint that was saved without, as its evaluation was interrupted, its metrics: beside it.
+
+        The checkpoint itself stays as it is, for there may be no other.
+        """
+        self._wait()
+        if jax.process_index() == 0:
+            path = added_metrics(self._directory, step)
+            written = path.with_suffix(".tmp")
+            written.write_text(json.dumps({"metrics": metrics, "best_by": self._metric}))
+            written.replace(path)
+        self._scores[step] = metrics[self._metric]
 
     def _kept(self) -> set[int]:
         return {*sorted(self._scores)[-_KEEP_LAST:], *self._by_score()[:1]}

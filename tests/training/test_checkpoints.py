@@ -84,6 +84,25 @@ def test_the_best_and_the_last_two_are_kept(checkpoints, scores, best, kept):
     assert checkpoints.last == len(scores)
 
 
+def test_metrics_may_come_after_the_checkpoint(tmp_path):
+    """Which stays as it is: written again, it could be lost."""
+    with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
+        checkpoints.save(small(1), {METRIC: 0.5})
+        checkpoints.save(small(2, value=7))
+        assert not checkpoints.scored(2)
+    before = {path: path.read_bytes() for path in (tmp_path / "2").rglob("*") if path.is_file()}
+    with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
+        checkpoints.add_metrics(2, {METRIC: 0.9})
+        assert checkpoints.best == 2
+    assert before == {path: path.read_bytes() for path in (tmp_path / "2").rglob("*") if path.is_file()}
+    with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
+        assert checkpoints.scored(2)
+        assert checkpoints.best == 2
+        checkpoints.save(small(3))
+        checkpoints.save(small(4))
+        assert checkpoints.steps == [2, 3, 4]
+
+
 def test_steps_and_scores_are_found_again(tmp_path):
     with Checkpoints(tmp_path, metric=METRIC) as checkpoints:
         save_scores(checkpoints, [0.1, 0.9, 0.3, 0.4, None])
