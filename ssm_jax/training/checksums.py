@@ -15,11 +15,12 @@ def checksums(tree: Any) -> dict[str, int]:
     change of one element always changes them, any other but for a chance of about 2^-64. With several processes, all
     have to call this, for the same arrays.
     """
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="."): _checksum(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    return {name: int(total) << 32 | int(parity) for name, (total, parity) in jax.device_get(leaves).items()}
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        # Fetched one by one: XLA's backend for CPUs aborts where too many sums over devices wait for each other.
+        total, parity = jax.device_get(_checksum(leaf))
+        found[jax.tree_util.keystr(path, simple=True, separator=".")] = int(total) << 32 | int(parity)
+    return found
 
 
 @jax.jit
