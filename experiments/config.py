@@ -10,6 +10,8 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from ssm_jax.training.checkpoint_files import gathered
+
 Config = Any
 """An ml_collections ConfigDict, whose fields a type checker cannot know."""
 
@@ -105,6 +107,16 @@ def check(config: Config) -> None:
         ),
         "optimizer.clip_norm": (lambda x: x is None or x > 0, "positive"),
         "optimizer.momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
+        "sharding_rules": (
+            lambda x: all(
+                isinstance(rule, tuple | list)
+                and len(rule) == 2
+                and isinstance(rule[0], str)
+                and isinstance(rule[1], int | None)
+                for rule in x
+            ),
+            'pairs of a name and an axis, or None, such as (("head.kernel", 1),)',
+        ),
         "label_smoothing": (lambda x: 0 <= x < 1, "in [0, 1)"),
         "ema_decay": (lambda x: 0 <= x < 1, "in [0, 1); 0 is for no averaging"),
         "eval.every_epochs": positive,
@@ -119,14 +131,18 @@ def check(config: Config) -> None:
             raise ConfigError(f"config.{field} must be {what}, got {values[field]!r}.")
 
 
-def claim_workdir(workdir: epath.Path, config: Config) -> None:
-    """Makes `workdir` this config's, by writing config.json; goes on with one that already is.
+_MAY_CHANGE = ("mesh.", "sharding_rules", "data.dir", "data.workers")
+"""What the fields begin with that make no difference to a run, but for where it is and how fast."""
 
-    Raises ConfigError, and touches nothing, if it holds a run of another config or files of something else.
+
+def check_workdir(workdir: epath.Path, config: Config) -> None:
+    """Raises ConfigError if `workdir` holds a run of another config or files of something else.
+
+    The mesh, and where and how data is read, may be others than before.
     """
     path = workdir / "config.json"
     if path.exists():
-        if differences := _differences(path, config):
+        if differences := _differences(path, config, without=_MAY_CHANGE):
             raise ConfigError(
                 f"--workdir={workdir} holds a run of another config:\n" + "\n".join(differences) + "\n"
                 "Use another --workdir, or that config to go on with it."
@@ -138,10 +154,35 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
             f"--workdir={workdir} is not empty and not a run (it has {', '.join(foreign[:5])} but no config.json). "
             "Use an empty or new directory."
         )
-    if jax.process_index() != 0:
-        return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_file(path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def claim_workdir(workdir: epath.Path, config: Config) -> None:
+    """Makes `workdir` this config's, by writing config.json.
+
+    Raises ConfigError, and touches nothing, as `check_workdir` does.
+    """
+    check_workdir(workdir, config)
+    path = workdir / "config.json"
+    if jax.process_index() == 0 and not (path.exists() and not _differences(path, config)):
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_file(path, json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def check_alike(config: Config, workdir: epath.Path) -> None:
+    """Raises ConfigError if the processes of a run were started with different configs or workdirs.
+
+    Their data may be in different places.
+    """
+    here = {"--workdir": str(workdir)} | {f"config.{name}": value for name, value in flatten(config).items()}
+    del here["config.data.dir"]
+    first, *others = map(json.loads, gathered(json.dumps(here)))
+    for number, other in enumerate(others, start=1):
+        for name in first.keys() | other.keys():
+            if first.get(name) != other.get(name):
+                raise ConfigError(
+                    f"all processes must be started alike, but {name} is {first.get(name)!r} in process 0 and "
+                    f"{other.get(name)!r} in process {number}."
+                )
 
 
 def write_file(path: epath.Path, text: str) -> None:
@@ -161,12 +202,19 @@ def check_same_network(workdir: epath.Path, config: Config) -> None:
         )
 
 
-def _differences(path: epath.Path, config: Config, *, within: tuple[str, ...] = ("",)) -> list[str]:
-    """A line for each field that begins with one of `within` and is another in `config` than in a file."""
+def _differences(
+    path: epath.Path, config: Config, *, within: tuple[str, ...] = ("",), without: tuple[str, ...] = ()
+) -> list[str]:
+    """A line for each field that is another in `config` than in a file.
+
+    Of those that begin with one of `within` and none of `without`.
+    """
     there = flatten(json.loads(path.read_text()))
     here = flatten(json.loads(json.dumps(config.to_dict())))  # tuples become lists, as they did in the file
     return [
         f"  config.{field}: {there.get(field, 'absent')!r} there, {here.get(field, 'absent')!r} now"
         for field in sorted(there.keys() | here.keys())
-        if field.startswith(within) and there.get(field, "absent") != here.get(field, "absent")
+        if there.get(field, "absent") != here.get(field, "absent")
+        and field.startswith(within)
+        and not field.startswith(without)
     ]

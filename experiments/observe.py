@@ -28,7 +28,7 @@ Weights & Biases, `--writer=wandb_writer:WandbWriter` and in wandb_writer.py in 
 import importlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from etils import epath
 
@@ -75,8 +75,11 @@ def find_writer(name: str) -> MakeWriter:
     """What `--writer` names. Raises ConfigError."""
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        found: Any = getattr(importlib.import_module(module), function)
+        if not callable(found):
+            raise TypeError(f"{found!r} is not a function")
+        return cast(MakeWriter, found)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--writer must be MODULE:FUNCTION, of a module that is installed or here, got {name!r}: {error}."
         ) from error

@@ -32,6 +32,7 @@ STATUSES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 """Exit statuses of a run that was stopped: EX_TEMPFAIL, as the same command goes on, and that of shells for Ctrl-C."""
 
 _JOIN_SECONDS = 300  # within which all processes have to come
+_TELL_SECONDS = 10  # until it is said that others are waited for
 _LISTEN_SECONDS = 1  # at most, until a process has heard what it is told
 _SILENCE_SECONDS = 20  # of a process that is taken for dead
 _ANSWER_SECONDS = 5  # for the others to hear that all end
@@ -118,6 +119,7 @@ def join(
         return  # JAX would take one of the devices
     jax.config.update("jax_enable_preemption_service", False)  # takes SIGTERM for itself, and asks after steps only
     late = f"not all processes of this run have come within {_JOIN_SECONDS} seconds."
+    patience = _after(_TELL_SECONDS, lambda: print("waiting for the other processes", file=sys.stderr, flush=True))
     timer = _after(_JOIN_SECONDS - 2, lambda: _end(f"error: {late}", 1))  # before JAX aborts, which leaves a page
     try:
         jax.distributed.initialize(
@@ -138,6 +140,7 @@ def join(
             "--coordinator_address=HOST:PORT --num_processes=N --process_id=I."
         ) from error
     finally:
+        patience.cancel()
         timer.cancel()
     _joined.set()
     _listen_to_others()
@@ -246,12 +249,14 @@ def _name(number: int, host: str = "") -> str:
 
 
 def _listen_to_signals(read: int) -> None:
-    received = 0
+    received, first = 0, 0.0
     while True:
         number = os.read(read, 1)[0]
         if number not in STATUSES or _finished.is_set():
             continue
-        received += 1
+        if received and time.monotonic() - first < 1:
+            continue  # one signal that came twice, to the process and to its group
+        received, first = received + 1, first or time.monotonic()
         status = STATUSES[signal.Signals(number)]
         if received == 1 and several():
             _store().key_value_set(f"{_STOP}{_this().process_id}", str(status))  # _show_life goes on from there

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from experiments import report
 from experiments.command import config_flag, run_command
-from experiments.config import Config, claim_workdir
+from experiments.config import Config, check_alike, check_workdir, claim_workdir
 from experiments.experiment import Experiment, Interrupted, build
 from experiments.observe import MakeWriter, Steps, check_profile, find_writer, parse_profile
 from experiments.processes import Stopping, training
@@ -43,32 +43,35 @@ def train(
     """
     workdir = absolute(workdir)
     experiment = build(config)
-    claim_workdir(workdir, config)
-    multihost_utils.sync_global_devices("workdir claimed")
+    check_alike(config, workdir)
+    check_workdir(workdir, config)
     with (
-        recorded(experiment, workdir),
         jax.set_mesh(experiment.mesh),
         Checkpoints(workdir / "checkpoints", metric=experiment.best_by) as checkpoints,
     ):
-        with training() as stopping:
-            _fit(experiment, workdir, checkpoints, stopping, profile, writers)
-            state = checkpoints.restore_best(experiment.abstract_state)  # every run ends with an evaluation
-        return report.write(experiment, state, workdir)
+        restored = checkpoints.restore_last(experiment.abstract_state)
+        state = experiment.init() if restored is None else restored
+        traced = None if profile is None else check_profile(profile, int(state.step), experiment.total_steps)
+        claim_workdir(workdir, config)  # from here on mistakes of the user are no reason any more to end
+        multihost_utils.sync_global_devices("workdir claimed")
+        with recorded(experiment, workdir):
+            with training() as stopping:
+                _fit(experiment, state, workdir, checkpoints, stopping, traced, writers)
+                state = checkpoints.restore_best(experiment.abstract_state)  # every run ends with an evaluation
+            return report.write(experiment, state, workdir)
 
 
 def _fit(
     experiment: Experiment,
+    state: TrainState,
     workdir: epath.Path,
     checkpoints: Checkpoints,
     stopping: Stopping,
-    profile: Steps | None,
+    traced: Steps | None,
     writers: Sequence[MakeWriter],
 ) -> None:
     config = experiment.config
-    restored = checkpoints.restore_last(experiment.abstract_state)
-    state = experiment.init() if restored is None else restored
     start = int(state.step)
-    first, last = (0, 0) if profile is None else check_profile(profile, start, experiment.total_steps)
     batches = map(experiment.put, experiment.train_batches(start))
 
     def evaluate(state: TrainState) -> dict[str, float] | None:
@@ -86,7 +89,7 @@ def _fit(
     with (
         MetricWriter(workdir, step=start, others=others) as writer,
         ProgressBar(total_steps=experiment.total_steps, step=start) as progress,
-        Trace(workdir / "profile", first, last) as trace,
+        Trace(workdir / "profile", *(traced or (0, 0))) as trace,
     ):
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
         sizes = ", then ".join(f"{stage.resolution} x {stage.resolution}" for stage in experiment.stages)

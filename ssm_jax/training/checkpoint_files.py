@@ -197,7 +197,7 @@ def together(read: Callable[[], _T], path: epath.Path) -> _T:
     except CheckpointError as error:
         own = error
     told = "" if own is None else json.dumps([isinstance(own, DamagedCheckpointError), str(own)])
-    failures = [(*json.loads(text), process) for process, text in enumerate(_gathered(told)) if text]
+    failures = [(*json.loads(text), process) for process, text in enumerate(gathered(told)) if text]
     if failures:
         damaged, message, process = min(failures)  # an error that may pass is not taken for damage
         kind = DamagedCheckpointError if damaged else CheckpointError
@@ -207,10 +207,10 @@ def together(read: Callable[[], _T], path: epath.Path) -> _T:
 
 def of_first_process(make: Callable[[], Any]) -> Any:
     """What `make` gives in the first of all processes: one that may be written as JSON."""
-    return json.loads(_gathered(json.dumps(make()) if jax.process_index() == 0 else "")[0])
+    return json.loads(gathered(json.dumps(make()) if jax.process_index() == 0 else "")[0])
 
 
-def _gathered(text: str) -> list[str]:
+def gathered(text: str) -> list[str]:
     """The texts of all processes."""
     if jax.process_count() == 1:
         return [text]

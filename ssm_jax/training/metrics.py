@@ -8,7 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from etils import epath
@@ -31,6 +31,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Something that takes the rows of a run."""
 
@@ -121,7 +122,10 @@ class MetricWriter:
                 kept = [row for row in read_metrics(workdir) if row["step"] <= step]
                 makers = [lambda: JsonlWriter(folder, kept), lambda: TensorBoardWriter(folder, step=step), *others]
                 for make in makers:
-                    self._writers.append(make())
+                    writer = make()
+                    if not isinstance(writer, Writer):
+                        raise TypeError(f"writers of metrics have write, flush and close, {writer!r} has not all.")
+                    self._writers.append(writer)
                     stack.callback(self._writers[-1].close)
                 self._upload()
             self._exit = stack.pop_all()

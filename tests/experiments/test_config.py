@@ -5,7 +5,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 
-from experiments.config import ConfigError, check, claim_workdir, flatten, section
+from experiments.config import ConfigError, check, check_alike, claim_workdir, flatten, section
 from experiments.experiment import build
 
 
@@ -155,3 +155,35 @@ def test_only_the_first_process_writes(workdir, tiny_config, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     claim_workdir(workdir, tiny_config())
     assert not workdir.exists()
+
+
+def test_a_run_may_go_on_with_other_devices_and_data_elsewhere(tmp_path, tiny_config):
+    """And config.json has what it goes on with."""
+    workdir = tmp_path / "run"
+    claim_workdir(workdir, tiny_config())
+    other = tiny_config(**{"mesh.fsdp": 2, "data.dir": "/elsewhere", "data.workers": 3})
+    claim_workdir(workdir, other)
+    assert json.loads((workdir / "config.json").read_text())["mesh"] == {"data": -1, "fsdp": 2}
+    with pytest.raises(ConfigError, match=r"holds a run of another config:\n  config\.seed: 0 there, 1 now\nUse"):
+        claim_workdir(workdir, tiny_config(**{"mesh.fsdp": 4, "seed": 1}))
+
+
+def test_processes_that_were_started_differently_are_told_apart(tmp_path, tiny_config, monkeypatch):
+    def told(change):
+        def gathered(text):
+            return [text, json.dumps(json.loads(text) | change)]
+
+        monkeypatch.setattr("experiments.config.gathered", gathered)
+        check_alike(tiny_config(), tmp_path)
+
+    told({})
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.lr is 0\.01 in process 0 and 0\.5 in process 1"):
+        told({"config.optimizer.lr": 0.5})
+    with pytest.raises(ConfigError, match=r"--workdir is '.*' in process 0 and '/other' in process 1"):
+        told({"--workdir": "/other"})
+
+
+@pytest.mark.parametrize("rules", [("head.kernel", 0), (("head.kernel", "fsdp"),), (("head.kernel",),)])
+def test_rules_of_sharding_are_pairs(tiny_config, rules):
+    with pytest.raises(ConfigError, match=r"config\.sharding_rules must be pairs of a name and an axis"):
+        check(tiny_config(sharding_rules=rules))

@@ -7,6 +7,7 @@ from PIL import Image
 
 from experiments.config import ConfigError
 from experiments.experiment import build
+from experiments.observe import Steps
 from experiments.train import train
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.loop import NonFiniteLossError
@@ -100,6 +101,17 @@ def test_the_same_command_again_only_reports_again(finished, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "going on from step 12" in said
     assert "state on a mesh of data 8 x fsdp 1" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [({"weights": "/nowhere"}, {}), ({}, {"profile": Steps(1000, 1001)})],
+    ids=["weights", "profile"],
+)
+def test_what_cannot_be_started_leaves_no_workdir(tmp_path, tiny_config, change, options):
+    with pytest.raises(ConfigError):
+        train(tiny_config(**change), tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_of_another_config_is_left_untouched(finished, tiny_config):
