@@ -142,10 +142,10 @@ class Checkpoints:
             "checksums": checksums(vars(state)),
         }
         self._set_damaged_aside()
-        if jax.process_index() == 0:
-            added_metrics(self._directory, step).unlink(missing_ok=True)  # of one that was set aside
         self._scores[step] = metrics[self._metric] if metrics else None
         try:
+            if jax.process_index() == 0:
+                added_metrics(self._directory, step).unlink(missing_ok=True)  # of one that was set aside
             saving = self._opened().save_async(
                 step, vars(state), custom_metadata=note | {"checksum": note_checksum(note)}
             )
