@@ -28,10 +28,10 @@ from benchmarks.side_by_side import OUT, surroundings
 from experiments import smoke
 from experiments.config import Config
 from experiments.configs import recipes
-from experiments.experiment import Experiment, Stage, build
+from experiments.experiment import Experiment, build
+from experiments.stages import Stage
 from ssm_jax.compiled import Collective, collectives
 from ssm_jax.layers import S4ND
-from ssm_jax.models.swin import WindowAttention
 from ssm_jax.ops.backend import traced_for
 from ssm_jax.topologies import tpu_devices
 from ssm_jax.training import sharding
@@ -90,10 +90,10 @@ def train(experiment: Experiment, steps: int) -> tuple[list[float], tuple[Collec
 def unneeded(found: Iterable[Collective], experiment: Experiment, stages: Sequence[Stage] = ()) -> list[str]:
     """What is exchanged beyond need, by the programs of some stages or all, in words.
 
-    Needed are, once for each part of the batch and stage: sums of gradients, which may be those of S4ND's kernels and
-    of the biases of Swin's windows in place of their parameters', and of batch statistics forward and backward;
-    all-gathers of divided parameters, again in the backward pass and where the compiler would rather repeat them than
-    keep what they give; and the rows whose mixup partners other devices have.
+    Needed are, once for each part of the batch and stage: sums of gradients, which are those of S4ND's kernels in place
+    of its parameters', and of batch statistics forward and backward; all-gathers of divided parameters, again in the
+    backward pass and where the compiler would rather repeat them than keep what they give; and the rows whose mixup
+    partners other devices have.
     """
     found = tuple(found)
     config, state = experiment.config, experiment.abstract_state
@@ -107,7 +107,7 @@ def unneeded(found: Iterable[Collective], experiment: Experiment, stages: Sequen
         "sum": times
         * (
             _bytes(jax.tree.leaves(state.params))
-            + _expanded_bytes(experiment)
+            + _kernel_bytes(experiment)
             + 4 * _bytes(jax.tree.leaves(state.rest))
             + SLACK
         ),
@@ -134,18 +134,12 @@ def unneeded(found: Iterable[Collective], experiment: Experiment, stages: Sequen
     return complaints
 
 
-def _expanded_bytes(experiment: Experiment) -> int:
-    """Of what is made of parameters alone, and may be summed in their place: kernels of S4ND and biases of windows.
-
-    Kernels are taken to be as long as the images; biases count twice, for masked windows have one each, and the cut
-    networks few of these.
-    """
-    modules = [module for _, module in nnx.iter_modules(experiment.abstract_model)]
+def _kernel_bytes(experiment: Experiment) -> int:
+    """Of all kernels of S4ND, in float32, were every axis as long as the images'."""
+    layers = [module for _, module in nnx.iter_modules(experiment.abstract_model) if isinstance(module, S4ND)]
     # Of C (re and im, directions, rank, channels, d_model, modes), all but the first and the last.
-    kernels = sum(math.prod(k.C.shape[1:-1]) for module in modules if isinstance(module, S4ND) for k in module.kernels)
-    tables = [module.relative_position_bias_table.shape for module in modules if isinstance(module, WindowAttention)]
-    biases = sum(((math.isqrt(offsets) + 1) // 2) ** 4 * heads for offsets, heads in tables)
-    return 4 * (experiment.dataset.resolution * kernels + 2 * biases)
+    kernels = sum(math.prod(kernel.C.shape[1:-1]) for layer in layers for kernel in layer.kernels)
+    return 4 * experiment.dataset.resolution * kernels
 
 
 def _bytes(leaves: Sequence[Any]) -> int:

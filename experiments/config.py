@@ -177,7 +177,7 @@ def check_alike(config: Config, workdir: epath.Path) -> None:
     del here["config.data.dir"]
     first, *others = map(json.loads, gathered(json.dumps(here)))
     for number, other in enumerate(others, start=1):
-        for name in first.keys() | other.keys():
+        for name in sorted(first.keys() | other.keys()):
             if first.get(name) != other.get(name):
                 raise ConfigError(
                     f"all processes must be started alike, but {name} is {first.get(name)!r} in process 0 and "

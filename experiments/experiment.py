@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from flax import nnx
 import ssm_jax
 from experiments import smoke
 from experiments.config import Config, ConfigError, check, section
+from experiments.stages import Stage, plan, schedule
 from experiments.weights import built, start_from_weights
 from ssm_jax.chips import chip
 from ssm_jax.data import recipe
@@ -25,7 +25,7 @@ from ssm_jax.data.pipeline import Batches, eval_batches, train_batches
 from ssm_jax.data.resolution import normalize, resample
 from ssm_jax.summary import summary
 from ssm_jax.training.optimizer import make_optimizer, param_groups
-from ssm_jax.training.schedules import ema_decay_at, learning_rate, restarted
+from ssm_jax.training.schedules import ema_decay_at
 from ssm_jax.training.scores import mean_scores
 from ssm_jax.training.sharding import batch_sharding, gather, make_mesh, put_batch, replicated, state_shardings
 from ssm_jax.training.statistics import ssm_statistics
@@ -43,14 +43,6 @@ _SCORES = {"coco": "mean_average_precision", "hmdb51": "video_accuracy"}
 
 _SMALL = 16_384
 """Bytes of an image, encoded or not, up to which one thread reads: more would contend for the interpreter's lock."""
-
-
-class Stage(NamedTuple):
-    """A part of training at one resolution, up to the step `end`."""
-
-    resolution: int
-    bandlimit: float | None
-    end: int
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)
@@ -344,7 +336,7 @@ def build(config: Config, *, files: bool = True, devices: Sequence[jax.Device] |
             f"and at most {n_train}, the images of {config.data.name}, got {config.batch_size}."
         )
     _check_mixing(config, parts=mesh.size)
-    stages = _stages(config, dataset.resolution, n_train // config.batch_size)
+    stages = plan(config, dataset.resolution, n_train // config.batch_size)
     create = functools.partial(_create, config, dataset, bandlimit=stages[-1].bandlimit)
     with section(config, "model"):
         params = nnx.state(nnx.eval_shape(functools.partial(create, bandlimit=None)), nnx.Param)
@@ -353,11 +345,11 @@ def build(config: Config, *, files: bool = True, devices: Sequence[jax.Device] |
     if limited := [stage.bandlimit for stage in stages if stage.bandlimit is not None]:
         with section(config, "stages.bandlimits"):  # not every network has a mixer with one
             nnx.eval_shape(functools.partial(create, bandlimit=limited[0]))
-    schedule = functools.partial(_schedule, config.optimizer, stages, n_train // config.batch_size)
+    rates = functools.partial(schedule, config.optimizer, stages, n_train // config.batch_size)
     with section(config, "optimizer"):
         options = {name: config.optimizer[name] for name in _OPTIMIZER}
-        optimizer = make_optimizer(param_groups(params, config.optimizer.decay_rule), schedule, **options)
-    return Experiment(config, dataset, mesh, create, optimizer, schedule(config.optimizer.lr), stages)
+        optimizer = make_optimizer(param_groups(params, config.optimizer.decay_rule), rates, **options)
+    return Experiment(config, dataset, mesh, create, optimizer, rates(config.optimizer.lr), stages)
 
 
 def _check_mixing(config: Config, parts: int) -> None:
@@ -375,47 +367,6 @@ def _check_mixing(config: Config, parts: int) -> None:
             f"config.augment.mix_group must divide the {rows // parts} rows of each of {parts} devices, or be a "
             f"multiple of them, got {group}."
         )
-
-
-def _stages(config: Config, base: int, steps_per_epoch: int) -> tuple[Stage, ...]:
-    """The stages of progressive resizing, or one."""
-    options = config.stages
-    if not options.epochs:
-        resolution = config.data.resolution or base
-        return (Stage(resolution, None, max(1, round(config.epochs * steps_per_epoch))),)
-    ends = [round(epochs * steps_per_epoch) for epochs in itertools.accumulate(options.epochs)]
-    if len({0, *ends}) <= len(ends):
-        raise ConfigError(
-            f"config.stages.epochs must be of at least one step each, of {steps_per_epoch} per epoch, "
-            f"got {options.epochs}."
-        )
-    bandlimits = [bandlimit or None for bandlimit in options.bandlimits]
-    return tuple(map(Stage, options.resolutions, bandlimits, ends))
-
-
-def _schedule(options: Config, stages: tuple[Stage, ...], steps_per_epoch: int, peak: float) -> optax.Schedule:
-    """The learning rate of a group of parameters with this peak: each stage warms up and falls for itself."""
-
-    def steps(epochs: float) -> int:
-        return round(epochs * steps_per_epoch)
-
-    parts, start = [], 0
-    for stage in stages:
-        length = stage.end - start
-        total = length if options.cosine_epochs is None else steps(options.cosine_epochs)
-        rate = learning_rate(
-            peak,
-            total_steps=total,
-            warmup_steps=min(steps(options.warmup_epochs), total - 1),
-            warmup_lr=options.warmup_lr,
-            warmup_prefix=options.warmup_prefix,
-            end_lr=options.end_lr,
-            milestones=[steps(epochs) for epochs in options.decay_epochs],
-            hold_steps=steps_per_epoch if options.per_epoch else 1,
-        )
-        parts.append((length, rate))
-        start = stage.end
-    return restarted(parts)
 
 
 def _create(config: Config, dataset: Dataset, bandlimit: float | None = None) -> nnx.Module:

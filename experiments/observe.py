@@ -28,7 +28,7 @@ Weights & Biases, `--writer=wandb_writer:WandbWriter` and in wandb_writer.py in 
 import importlib
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -72,14 +72,21 @@ def check_profile(steps: Steps, start: int, total: int) -> Steps:
 
 
 def find_writer(name: str) -> MakeWriter:
-    """What `--writer` names. Raises ConfigError."""
+    """What `--writer` names. Raises ConfigError, also for what it makes if that is no writer."""
     module, _, function = name.partition(":")
     try:
         found: Any = getattr(importlib.import_module(module), function)
         if not callable(found):
             raise TypeError(f"{found!r} is not a function")
-        return cast(MakeWriter, found)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"--writer must be MODULE:FUNCTION, of a module that is installed or here, got {name!r}: {error}."
         ) from error
+
+    def make(workdir: epath.Path, config: dict[str, Any], step: int) -> Writer:
+        writer: Any = found(workdir, config, step)
+        if not isinstance(writer, Writer):
+            raise ConfigError(f"--writer={name} must make what has write, flush and close, got {writer!r}.")
+        return writer
+
+    return make

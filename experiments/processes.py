@@ -33,6 +33,7 @@ STATUSES = {signal.SIGTERM: 75, signal.SIGINT: 130}
 
 _JOIN_SECONDS = 300  # within which all processes have to come
 _TELL_SECONDS = 10  # until it is said that others are waited for
+_TWICE_SECONDS = 1  # within which a signal may come again that was sent to the process and to its group
 _LISTEN_SECONDS = 1  # at most, until a process has heard what it is told
 _SILENCE_SECONDS = 20  # of a process that is taken for dead
 _ANSWER_SECONDS = 5  # for the others to hear that all end
@@ -249,20 +250,19 @@ def _name(number: int, host: str = "") -> str:
 
 
 def _listen_to_signals(read: int) -> None:
-    received, first = 0, 0.0
+    first: float | None = None
     while True:
         number = os.read(read, 1)[0]
         if number not in STATUSES or _finished.is_set():
             continue
-        if received and time.monotonic() - first < 1:
-            continue  # one signal that came twice, to the process and to its group
-        received, first = received + 1, first or time.monotonic()
-        status = STATUSES[signal.Signals(number)]
-        if received == 1 and several():
-            _store().key_value_set(f"{_STOP}{_this().process_id}", str(status))  # _show_life goes on from there
-        elif received == 1:
-            _stop(status, lambda asked: [asked])
-        elif number == signal.SIGINT:
+        status, now = STATUSES[signal.Signals(number)], time.monotonic()
+        if first is None:
+            first = now
+            if several():
+                _store().key_value_set(f"{_STOP}{_this().process_id}", str(status))  # _show_life goes on from there
+            else:
+                _stop(status, lambda asked: [asked])
+        elif number == signal.SIGINT and now - first > _TWICE_SECONDS:
             if several():
                 _tell_all("stopped by Ctrl-C.", status)
             _end("stopped at once; the same command goes on from the last checkpoint, if there is one.", status)

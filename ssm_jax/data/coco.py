@@ -95,8 +95,6 @@ def coco(dir: str | None = None, image_size: int | None = None) -> Dataset:
     in an image. The test images are val's too, as the labels of COCO's are secret. `dir` is `~/coco` by default,
     `image_size` 224. Mean and standard deviation are ImageNet's, as in most work on COCO.
     """
-    known = outline("coco")
-    known.resolution_for(image_size)
     root = epath.Path(dir or "~/coco").expanduser()
     needed = [root / part / name for split in ("train", "val") for part, name in _parts(split)]
     if absent := [str(path) for path in needed if not path.exists()]:
@@ -110,7 +108,7 @@ def coco(dir: str | None = None, image_size: int | None = None) -> Dataset:
         raise ValueError(
             f"dir has other categories in instances_val2017.json than in instances_train2017.json: {root}."
         )
-    return known.dataset({"train": train, "val": val, "test": val}, names, image_size=image_size)
+    return outline("coco").dataset({"train": train, "val": val, "test": val}, names, image_size=image_size)
 
 
 def _parts(split: str) -> tuple[tuple[str, str], ...]:

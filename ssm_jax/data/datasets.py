@@ -202,8 +202,6 @@ def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     del dir  # they come with scikit-learn
-    known = outline("digits")
-    known.resolution_for(image_size)
     raw: Any = load_digits()
     images = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
     labels = raw.target.astype(np.int32)
@@ -213,32 +211,26 @@ def digits(dir: str | None = None, image_size: int | None = None) -> Dataset:
         name: Arrays(f"digits {name}", images[part], labels[part])
         for name, part in [("train", train), ("val", val), ("test", test)]
     }
-    return known.dataset(splits, tuple(map(str, range(10))), image_size=image_size)
+    return outline("digits").dataset(splits, tuple(map(str, range(10))), image_size=image_size)
 
 
 def cifar10(dir: str | None = None, image_size: int | None = None) -> Dataset:
     """CIFAR-10; the last tenth of train is val. Where its images are JPEG files they are copies: the title says so."""
-    known = outline("cifar10")
-    known.resolution_for(image_size)
     splits, features = prepared_splits("cifar10", dir, _last_tenth(test="test"))
     title = "CIFAR-10, JPEG copy" if features["image"].encoding_format == "jpeg" else None
-    return known.dataset(splits, tuple(features["label"].names), image_size=image_size, title=title)
+    return outline("cifar10").dataset(splits, tuple(features["label"].names), image_size=image_size, title=title)
 
 
 def cifar100(dir: str | None = None, image_size: int | None = None) -> Dataset:
     """CIFAR-100, with its 100 fine classes; the last tenth of train is val."""
-    known = outline("cifar100")
-    known.resolution_for(image_size)
     splits, features = prepared_splits("cifar100", dir, _last_tenth(test="test"))
-    return known.dataset(splits, tuple(features["label"].names), image_size=image_size)
+    return outline("cifar100").dataset(splits, tuple(features["label"].names), image_size=image_size)
 
 
 def tiny_imagenet20(dir: str | None = None, image_size: int | None = None) -> Dataset:
     """20 of the 200 classes of Tiny ImageNet, 64 x 64; the last tenth of train is val, its validation images test."""
-    known = outline("tiny_imagenet20")
-    known.resolution_for(image_size)
     splits, features = prepared_splits("tiny_imagenet20", dir, _last_tenth(test="validation"))
-    return known.dataset(splits, tuple(features["label"].names), image_size=image_size)
+    return outline("tiny_imagenet20").dataset(splits, tuple(features["label"].names), image_size=image_size)
 
 
 def imagenet2012(dir: str | None = None, image_size: int | None = None) -> Dataset:
@@ -246,11 +238,9 @@ def imagenet2012(dir: str | None = None, image_size: int | None = None) -> Datas
 
     Class names are WordNet ids. `image_size` is 224 by default.
     """
-    known = outline("imagenet2012")
-    known.resolution_for(image_size)
     splits, features = prepared_splits("imagenet2012", dir, {"train": "train", "val": "validation"})
     splits = {**splits, "test": splits["val"]}
-    return known.dataset(splits, tuple(features["label"].names), image_size=image_size)
+    return outline("imagenet2012").dataset(splits, tuple(features["label"].names), image_size=image_size)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -277,12 +267,10 @@ def celeb_a(dir: str | None = None, image_size: int | None = None) -> Dataset:
 
     `image_size` is 160 by default.
     """
-    known = outline("celeb_a")
-    known.resolution_for(image_size)
     splits, features = prepared_splits("celeb_a", dir, {"train": "train", "val": "validation", "test": "test"})
     names = tuple(sorted(features["attributes"]))  # the authors' order; the feature file, a hash map, has none
     labelled = {split: Attributes(examples, names) for split, examples in splits.items()}
-    return known.dataset(labelled, names, image_size=image_size)
+    return outline("celeb_a").dataset(labelled, names, image_size=image_size)
 
 
 def _last_tenth(test: str) -> dict[str, str]:
@@ -312,6 +300,7 @@ def load_dataset(
         ValueError: if there is none of that name, it has no such option or its files are missing.
     """
     known = outline(name)
+    known.resolution_for(image_size)
     module = importlib.import_module(f"ssm_jax.data.{_MODULES.get(name, 'datasets')}")
     dataset: Callable[..., Dataset] = getattr(module, name)
     accepted = [p.name for p in inspect.signature(dataset).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -102,7 +102,6 @@ def hmdb51(
     if fold not in (1, 2, 3):
         raise ValueError(f"fold must be 1, 2 or 3, got {fold}.")
     known = outline("hmdb51")
-    known.resolution_for(image_size)
     check_positive(frames=frames, seconds=seconds)
     root = epath.Path(dir or "~/hmdb51").expanduser()
     classes = _classes(root, fold)

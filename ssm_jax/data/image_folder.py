@@ -48,8 +48,6 @@ def image_folder(dir: str | None = None, image_size: int | None = None) -> Datas
     `dir` is `~/imagenet` by default, `image_size`, the base resolution of the model's input, 224. Mean and standard
     deviation are those that are in use for ImageNet, whatever the images are.
     """
-    known = outline("image_folder")
-    known.resolution_for(image_size)
     root = epath.Path(dir or "~/imagenet").expanduser()
     folders = {split: root / split for split in ("train", "val")}
     if absent := [str(folder) for folder in folders.values() if not folder.is_dir()]:
@@ -62,7 +60,7 @@ def image_folder(dir: str | None = None, image_size: int | None = None) -> Datas
         raise ValueError(f"dir has classes in {folders['val']} that train has not: {', '.join(unknown[:5])}.")
     sources = {split: _source(folders[split], classes, listing) for split, listing in listings.items()}
     splits = {**sources, "test": sources["val"]}
-    return known.dataset(splits, classes, image_size=image_size, title=root.name)
+    return outline("image_folder").dataset(splits, classes, image_size=image_size, title=root.name)
 
 
 def file_names(folder: epath.Path) -> list[str]:

@@ -24,6 +24,7 @@ from ssm_jax.layers.linear import normal_init, normal_linear, uniform_init
 from ssm_jax.layers.mlp import MLP
 from ssm_jax.layers.norm import LayerNorm
 from ssm_jax.layers.stack import Stack
+from ssm_jax.ops.batch_local import batch_local
 from ssm_jax.ops.dtypes import at_least_float32
 
 Size = tuple[int, int]
@@ -111,15 +112,20 @@ class WindowAttention(nnx.Module):
         self, x: Float[Array, "b windows positions c"], mask: np.ndarray | None = None
     ) -> Float[Array, "b windows positions c"]:
         """Attends; `mask` (windows, positions, positions), if given, is added to the logits of all heads."""
-        qkv = self.qkv(x)
-        q, k, v = jnp.unstack(qkv.reshape(*x.shape[:-1], 3, self.num_heads, -1), axis=3)
-        bias = self.relative_position_bias_table[...][relative_position_index(self.window)]
-        bias = jnp.moveaxis(bias, -1, 0)[None].astype(at_least_float32(q.dtype))  # as the logits
+        # On each device by itself: what devices sum is then the gradient of the table, not that of the biases of all
+        # windows, which are many times as large.
+        attend = batch_local(functools.partial(self._attend, mask=mask))
+        return self.proj(attend(self.qkv(x), self.relative_position_bias_table[...]))
+
+    def _attend(self, qkv: Array, table: Array, mask: np.ndarray | None) -> Array:
+        q, k, v = jnp.unstack(qkv.reshape(*qkv.shape[:-1], 3, self.num_heads, -1), axis=3)
+        bias = jnp.moveaxis(table[relative_position_index(self.window)], -1, 0)[None]
+        bias = bias.astype(at_least_float32(q.dtype))  # as the logits
         if mask is not None:
             bias = bias + jnp.asarray(mask[:, None], bias.dtype)
         # Over the batch by vmap: the bias of all windows is then shared by all images.
-        attend = jax.vmap(functools.partial(jax.nn.dot_product_attention, bias=bias))
-        return self.proj(attend(q, k, v).reshape(x.shape))
+        attended = jax.vmap(functools.partial(jax.nn.dot_product_attention, bias=bias))(q, k, v)
+        return attended.reshape(*attended.shape[:3], -1)
 
 
 class Block(nnx.Module):

@@ -122,10 +122,7 @@ class MetricWriter:
                 kept = [row for row in read_metrics(workdir) if row["step"] <= step]
                 makers = [lambda: JsonlWriter(folder, kept), lambda: TensorBoardWriter(folder, step=step), *others]
                 for make in makers:
-                    writer = make()
-                    if not isinstance(writer, Writer):
-                        raise TypeError(f"writers of metrics have write, flush and close, {writer!r} has not all.")
-                    self._writers.append(writer)
+                    self._writers.append(make())
                     stack.callback(self._writers[-1].close)
                 self._upload()
             self._exit = stack.pop_all()
@@ -243,11 +240,6 @@ class Throughput:
             yield
         finally:
             self._waited += time.perf_counter() - start
-
-    @property
-    def rate(self) -> float:
-        """Images per second since the last restart."""
-        return self._images / (time.perf_counter() - self._start)
 
     @property
     def row(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ import re
 import signal
 import threading
 import time
+import types
 
 import jax
 import pytest
@@ -205,6 +206,27 @@ def test_there_is_nothing_to_be_saved_before_all_have_taken_a_step():
     stopping = Stopping()
     stopping(1)
     assert not stopping.agree(75, lambda own: [own, 0])
+
+
+def test_the_second_interrupt_ends_a_run_at_once_unless_it_is_the_first_that_came_twice(monkeypatch):
+    """After half a second, and after another one and a half."""
+    said = []
+
+    def end(message, status):
+        said.append((message.partition(";")[0], status))
+        raise SystemExit
+
+    clock = iter([0.0, 0.5, 2.0])
+    monkeypatch.setattr(processes, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(processes, "_finished", threading.Event())
+    monkeypatch.setattr(processes, "_stop", lambda status, exchange: said.append(("stopping", status)))
+    monkeypatch.setattr(processes, "_end", end)
+    read, write = os.pipe()
+    os.write(write, bytes([signal.SIGINT] * 3))
+    with pytest.raises(SystemExit):
+        processes._listen_to_signals(read)
+    assert said == [("stopping", 130), ("stopped at once", 130)]
+    assert next(clock, None) is None
 
 
 def test_a_run_that_is_told_to_stop_before_its_first_step_ends_at_once(command, tmp_path):

@@ -42,6 +42,15 @@ def test_a_writer_that_is_not_there_is_refused(name):
         find_writer(name)
 
 
+@pytest.mark.parametrize("found", [3, lambda workdir, config, step: {}], ids=["no function", "nothing that writes"])
+def test_what_is_no_writer_is_refused(monkeypatch, found):
+    module = types.ModuleType("my_writers")
+    module.found = found
+    monkeypatch.setitem(sys.modules, "my_writers", module)
+    with pytest.raises(ConfigError, match=r"--writer.*my_writers:found"):
+        find_writer("my_writers:found")("runs/digits", {}, 0)
+
+
 @pytest.mark.parametrize(
     ("data", "score"),
     [("digits", "val/accuracy"), ("coco", "val/mean_average_precision"), ("hmdb51", "val/video_accuracy")],

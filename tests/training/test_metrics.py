@@ -222,12 +222,12 @@ def test_throughput_is_images_by_seconds_since_the_restart(monkeypatch):
     throughput.add(10)
     throughput.add(10)
     now = 104.0
-    assert throughput.rate == 5.0
+    assert throughput.row["images_per_second"] == 5.0
     throughput.restart()
     now = 105.0
-    assert throughput.rate == 0.0
+    assert throughput.row == {}
     throughput.add(7)
-    assert throughput.rate == 7.0
+    assert throughput.row["images_per_second"] == 7.0
 
 
 def test_throughput_by_device_and_time_waited_for_input(monkeypatch):
