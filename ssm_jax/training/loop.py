@@ -9,6 +9,7 @@ import numpy as np
 
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.metrics import MetricWriter, ProgressBar, Throughput, memory
+from ssm_jax.training.scores import is_detail
 from ssm_jax.training.steps import TrainState
 
 _AHEAD = 4
@@ -85,7 +86,7 @@ def fit(
             rate = rates.get("images_per_second", math.nan)
             row = {f"train/{name}": value for name, value in means.items()}
             writer.write(step, row | {"train/lr": float(schedule(step - 1))} | rates | memory())
-            progress.update(step, loss=means["loss"], accuracy=means["accuracy"], images_per_second=rate)
+            progress.update(step, means, images_per_second=rate)
             throughput.restart()
         scores = None
         if evaluating:
@@ -95,7 +96,7 @@ def fit(
             writer.write(step, scores)
             progress.print(
                 f"step {step:,}/{progress.total_steps:,}  loss {means['loss']:.4f}  "
-                + "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+                + "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if not is_detail(name))
                 + ("" if math.isnan(rate) else f"  {rate:,.0f} images/s")
             )
         if saving:

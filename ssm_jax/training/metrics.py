@@ -171,14 +171,14 @@ class ProgressBar:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.4f}"),
+            TextColumn("{task.fields[metrics]}"),
             TextColumn("{task.fields[images_per_second]:,.0f} images/s"),
             TimeRemainingColumn(),
             TextColumn("left"),
             disable=jax.process_index() != 0 or not terminal,
             speed_estimate_period=600,  # seconds; an update may come once a minute
         )
-        unknown: dict[str, Any] = {"loss": math.nan, "accuracy": math.nan, "images_per_second": math.nan}
+        unknown: dict[str, Any] = {"metrics": _shown({}), "images_per_second": math.nan}
         self._task = self._progress.add_task("train", total=total_steps, completed=step, **unknown)
 
     def __enter__(self) -> "ProgressBar":
@@ -188,13 +188,13 @@ class ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def update(self, step: int, *, loss: float, accuracy: float, images_per_second: float) -> None:
-        """Moves the bar to `step`."""
-        fields: dict[str, Any] = {"loss": loss, "accuracy": accuracy, "images_per_second": images_per_second}
+    def update(self, step: int, metrics: Mapping[str, float], *, images_per_second: float) -> None:
+        """Moves the bar to `step`, and shows of `metrics` the loss and, where there is one, the accuracy."""
+        fields: dict[str, Any] = {"metrics": _shown(metrics), "images_per_second": images_per_second}
         self._progress.update(self._task, completed=step, **fields)
         if self._lines and time.monotonic() - self._printed >= _LINE_SECONDS:
             self.print(
-                f"step {step:,}/{self.total_steps:,}  loss {loss:.4f}  accuracy {accuracy:.4f}  "
+                f"step {step:,}/{self.total_steps:,}  {_shown(metrics)}  "
                 f"{images_per_second:,.0f} images/s  {self._left(step)} left"
             )
 
@@ -209,6 +209,11 @@ class ProgressBar:
         if jax.process_index() == 0:
             self._progress.console.print(line, soft_wrap=True, highlight=False)
             self._printed = time.monotonic()
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    names = ["loss", *(["accuracy"] if "accuracy" in metrics else [])]
+    return "  ".join(f"{name} {metrics.get(name, math.nan):.4f}" for name in names)
 
 
 class Throughput:

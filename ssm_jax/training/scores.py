@@ -1,9 +1,15 @@
 """From the rows of an evaluation, on the host, to the numbers of a table."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Int
+
+
+def is_detail(name: str) -> bool:
+    """Whether a score is one of many that say more about another: COCO's recalls, and those by size of the objects."""
+    return re.search(r"AR_|_(small|medium|large)$", name) is not None
 
 
 def mean_scores(

@@ -10,9 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from ssm_jax.training.tasks import Metrics, Task
-
 Batch = dict[str, Any]
+Metrics = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +47,9 @@ def init_state(model: nnx.Module, optimizer: optax.GradientTransformation, *, em
 
 def make_train_step(
     graphdef: nnx.GraphDef,
-    task: Task,
-    prepare: Callable[[Array, Array, Array], tuple[Array, Array]],
+    loss: Callable[[nnx.Module, Batch, Array], tuple[Array, Metrics]],
     optimizer: optax.GradientTransformation,
     *,
-    rate: float = 1.0,
     seed: int = 0,
     accumulate: int = 1,
     ema_decay: Callable[[Array], Any] | None = None,
@@ -61,12 +58,10 @@ def make_train_step(
     """Builds `step(state, batch) -> (state, metrics)`.
 
     Args:
-        graphdef: of the model in training mode; `model(images, rate=..., rngs=...)` gives logits.
-        task: makes targets of labels, and gives the loss.
-        prepare: turns raw images, targets and a key into the model's input and the targets that go with it.
+        graphdef: of the model in training mode.
+        loss: of `(model, batch, key)`, and the metrics of a train step.
         optimizer: an optax transformation of all parameters.
-        rate: base resolution / resolution of the training images.
-        seed: of dropout and of `prepare`, folded with the step: the step has no other randomness.
+        seed: of the key that `loss` gets, folded with the step: the step has no other randomness.
         accumulate: number of equal parts in which the batch goes through the model, one after the other; gradients
             and metrics are averaged, and there is one update.
         ema_decay: weight of the old average in `state.ema`, by the number of updates before.
@@ -74,14 +69,11 @@ def make_train_step(
     """
 
     def loss_fn(params, rest, batch, key):
-        prepare_key, dropout_key = jax.random.split(key)
-        images, targets = prepare(batch["image"], task.targets(batch["label"]), prepare_key)
         # Copied, because the Variables of `rest` belong to another trace level than this function's.
         model = nnx.merge(graphdef, gather(params), rest, copy=True)
-        logits = model(images, rate=rate, rngs=nnx.Rngs(dropout=dropout_key))
-        loss, metrics = task.loss(logits, targets)
+        value, metrics = loss(model, batch, key)
         _, rest = nnx.state(model, nnx.Param, ...)
-        return loss, (metrics, nnx.to_pure_dict(rest))
+        return value, (metrics, nnx.to_pure_dict(rest))
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -117,26 +109,16 @@ def make_train_step(
 
 def make_eval_step(
     graphdef: nnx.GraphDef,
-    task: Task,
-    prepare: Callable[[Array], Array],
+    evaluate: Callable[[nnx.Module, Batch], dict[str, Array]],
     *,
-    rate: float = 1.0,
     gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[Any, Any, Batch], dict[str, Array]]:
-    """Builds `step(params, rest, batch) -> rows`: the task's scores of each row, `logits`, `label` and `mask`.
+    """Builds `step(params, rest, batch) -> rows`, what `evaluate(model, batch)` says of each row.
 
-    `graphdef` is that of the model in evaluation mode, `prepare` turns raw images into its input, `rate` is that of
-    what `prepare` gives, and `gather` is as in `make_train_step`.
+    `graphdef` is that of the model in evaluation mode, `gather` as in `make_train_step`.
     """
 
     def step(params, rest, batch: Batch) -> dict[str, Array]:
-        model = nnx.merge(graphdef, gather(params), rest, copy=True)
-        logits = model(prepare(batch["image"]), rate=rate).astype(jnp.float32)
-        return {
-            **task.evaluate(logits, batch["label"]),
-            "logits": logits,
-            "label": batch["label"],
-            "mask": batch["mask"],
-        }
+        return evaluate(nnx.merge(graphdef, gather(params), rest, copy=True), batch)
 
     return step

@@ -1,14 +1,17 @@
 """What a network is trained for: targets from labels, the loss, and the scores of an evaluation."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 Metrics = dict[str, Any]
+Batch = dict[str, Any]
 
 _TOP5_FROM = 100
 """Classes from which on it is also told whether the label is among the five likeliest."""
@@ -85,3 +88,33 @@ class MultiLabel:
 
 
 Task = Classification | MultiLabel
+
+
+def loss_of_logits(
+    task: Task, prepare: Callable[[Array, Array, Array], tuple[Array, Array]], *, rate: float = 1.0
+) -> Callable[[Any, Batch, Array], tuple[Array, Metrics]]:
+    """What `make_train_step` takes as `loss`.
+
+    `prepare` turns raw images, targets and a key into the model's input and the targets that go with it; `rate` is
+    base resolution / resolution of that input. The model is called as `model(images, rate=..., rngs=...)`.
+    """
+
+    def loss(model: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
+        prepare_key, dropout_key = jax.random.split(key)
+        images, targets = prepare(batch["image"], task.targets(batch["label"]), prepare_key)
+        return task.loss(model(images, rate=rate, rngs=nnx.Rngs(dropout=dropout_key)), targets)
+
+    return loss
+
+
+def rows_of_logits(
+    task: Task, prepare: Callable[[Array], Array], *, rate: float = 1.0
+) -> Callable[[Any, Batch], dict[str, Array]]:
+    """What `make_eval_step` takes as `evaluate`: the task's scores of each row, `logits`, `label` and `mask`."""
+
+    def evaluate(model: Any, batch: Batch) -> dict[str, Array]:
+        logits = model(prepare(batch["image"]), rate=rate).astype(jnp.float32)
+        kept = {"label": batch["label"], "mask": batch["mask"]}
+        return {**task.evaluate(logits, batch["label"]), "logits": logits, **kept}
+
+    return evaluate

@@ -18,7 +18,7 @@ from ssm_jax.training.optimizer import make_optimizer, param_groups
 from ssm_jax.training.schedules import learning_rate
 from ssm_jax.training.sharding import batch_sharding, put_batch, replicated, state_shardings
 from ssm_jax.training.steps import TrainState, init_state, make_eval_step, make_train_step
-from ssm_jax.training.tasks import Classification
+from ssm_jax.training.tasks import Classification, loss_of_logits, rows_of_logits
 
 FAST = {"xla_backend_optimization_level": 0}
 """Halves the time to compile; what devices exchange is decided before."""
@@ -124,8 +124,7 @@ class Tiny:
         graphdef = nnx.graphdef(self.abstract_model)
         step = make_train_step(
             graphdef,
-            self.task,
-            self.augment,
+            loss_of_logits(self.task, self.augment),
             self.tx,
             seed=self.seed,
             accumulate=self.accumulate,
@@ -143,7 +142,7 @@ class Tiny:
         graphdef = nnx.graphdef(
             nnx.view(self.abstract_model, deterministic=True, use_running_average=True, raise_if_not_found=False)
         )
-        return jax.jit(make_eval_step(graphdef, self.task, self.prepare), compiler_options=FAST)
+        return jax.jit(make_eval_step(graphdef, rows_of_logits(self.task, self.prepare)), compiler_options=FAST)
 
     def eval(self, params, rest, batch):
         with self.context():

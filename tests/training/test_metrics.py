@@ -278,7 +278,7 @@ def test_where_there_is_no_terminal_lines_are_printed_now_and_then(capsys, monke
         progress.print("begins [bold]")
         for step in range(1, 6):
             now += 12
-            progress.update(step, loss=1.0, accuracy=0.5, images_per_second=10.0)
+            progress.update(step, {"loss": 1.0, "accuracy": 0.5, "grad_norm": 2.0}, images_per_second=10.0)
     begin, line = capsys.readouterr().out.splitlines()
     assert begin == "begins "
     assert line == "step 3/1,000  loss 1.0000  accuracy 0.5000  10 images/s  3:19:24 left"

@@ -9,7 +9,7 @@ from flax import nnx
 
 import ssm_jax
 from ssm_jax.layers import S4ND
-from ssm_jax.training.optimizer import GROUPS, group_sizes, make_optimizer, param_group, param_groups
+from ssm_jax.training.optimizer import GROUPS, freeze, group_sizes, make_optimizer, param_group, param_groups
 from ssm_jax.training.schedules import learning_rate
 
 PARAMS = {
@@ -254,7 +254,7 @@ def test_sizes_of_groups_add_up_to_those_of_the_parameters():
         "ssm_c": kernels * 2 * 2 * 8 * 2,  # complex, directions, channels, modes
     }
     assert group_sizes(param_groups(params), params) == sizes
-    assert list(sizes) == list(GROUPS)
+    assert list(sizes) == [group for group in GROUPS if group != "frozen"]
     assert sum(sizes.values()) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -262,6 +262,50 @@ def test_groups_without_parameters_have_no_size():
     params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
     assert group_sizes(param_groups(params), params) == {"decay": 6, "no_decay": 3}
     assert group_sizes(param_groups(params, "all"), params) == {"decay": 9}
+
+
+FROZEN = ("encoder", "blocks.0.mixer.D")
+
+
+def test_frozen_parameters_are_named_by_parameter_or_module():
+    params = abstract("isotropic_s4nd", in_channels=1, d_model=8, n_layers=2, mixer={"d_state": 4})
+    plain, labels = param_groups(params), param_groups(params, frozen=FROZEN)
+    frozen = {
+        jax.tree_util.keystr(path, simple=True, separator=".") for path, group in leaves(labels) if group == "frozen"
+    }
+    assert frozen == {"encoder.kernel", "encoder.bias", "blocks.0.mixer.D"}
+    for (path, group), (_, before) in zip(leaves(labels), leaves(plain), strict=True):
+        assert group in ("frozen", before), path
+
+
+def leaves(labels):
+    return jax.tree_util.tree_leaves_with_path(labels)
+
+
+def test_a_name_that_nothing_has_cannot_be_frozen():
+    params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    with pytest.raises(ValueError, match=r"^frozen must name .*within bias, kernel; got kern, x\."):
+        param_groups(params, frozen=("kern", "kernel", "x"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "lamb", "sgd"])
+def test_frozen_parameters_stay_and_cost_the_optimizer_nothing(name):
+    params = nnx.state(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Param)
+    labels, values = param_groups(params, "all", frozen=("kernel",)), nnx.to_pure_dict(params)
+    tx = make_optimizer(labels, lambda peak: lambda step: peak, name=name, lr=0.1, ssm_lr=0.1, weight_decay=0.1)
+
+    def loss(params):
+        return sum(jnp.sum(jnp.square(x + 1.0)) for x in jax.tree.leaves(freeze(params, labels)))
+
+    grads = jax.grad(loss)(values)
+    assert not grads["kernel"].any()
+    assert grads["bias"].all()
+    state = tx.init(values)
+    assert all(leaf.size <= 3 for leaf in jax.tree.leaves(state))  # nothing of the kernel's 6
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(grads, state, values)
+    assert not updates["kernel"].any()
+    assert updates["bias"].all()
 
 
 @pytest.mark.parametrize(("shape", "group"), [((), "no_decay"), ((3,), "no_decay"), ((1, 3), "decay")])
