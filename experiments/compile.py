@@ -37,6 +37,7 @@ from rich.table import Table
 from experiments.command import config_flag, fail, parse
 from experiments.config import Config, ConfigError, write_file
 from experiments.experiment import Experiment, build
+from experiments.problem import is_detector
 from ssm_jax import compiled
 from ssm_jax.chips import chip
 from ssm_jax.layers.stack import Stack
@@ -175,6 +176,7 @@ def examine(
         "model": config.model.name,
         "data": config.data.name,
         "resolution": at.resolution,
+        "size": experiment.problem.size(at.resolution),
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "dtype": config.dtype,
@@ -192,19 +194,24 @@ def examine(
     hlo, memory = trial.program.as_text() or "", compiled.memory(trial.program)
     cost: Any = trial.program.cost_analysis()
     seconds = compiled.scheduled_cycles(hlo) / device.clock
-    ideal = (experiment.ideal_seconds(at) or math.nan) * config.batch_size
+    ideal = experiment.ideal_seconds(at)
     exchanged = compiled.collectives(hlo)
-    bounds = {"products": ideal, "traffic": cost["bytes accessed"] / device.bandwidth}
+    bounds = {"traffic": cost["bytes accessed"] / device.bandwidth}
+    of_network: dict[str, float] = {}
+    if ideal is not None:
+        products = ideal * config.batch_size
+        bounds = {"products": products, **bounds}
+        of_network = {"model_flops": products * device.flops * len(devices), "mfu": products / seconds}  # of a step
     if len({getattr(d, "slice_index", None) for d in devices}) == 1:
         bounds["collectives"] = sum(c.sent for c in exchanged) / device.interconnect
     return found | {
         "parts": memory._asdict(),
-        "model_flops": ideal * device.flops * len(devices),  # of all devices, in a step
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
         "seconds": seconds,
+        "open_loops": compiled.open_loops(hlo),
         "bounds": bounds,
-        "mfu": ideal / seconds,
+        **of_network,
         "collectives": _by_kind(exchanged),
         "placements": sharding_table(experiment.abstract_state),
     }
@@ -262,8 +269,9 @@ def _remedies(experiment: Experiment, best: int | None, state: int) -> list[str]
     if config.dtype == "float32":
         remedies.append("--config.dtype=bfloat16")
     stacks = [module for _, module in nnx.iter_modules(experiment.abstract_model) if isinstance(module, Stack)]
-    if stacks and config.model.get("remat", "none") == "none":
-        remedies.append("--config.model.remat=nothing_saveable")
+    network = "model.backbone" if is_detector(config) else "model"
+    if stacks and config.model.get("backbone", config.model).get("remat", "none") == "none":
+        remedies.append(f"--config.{network}.remat=nothing_saveable")
     if mesh.shape["fsdp"] == 1 and mesh.size > 1:
         remedies.append(f"--config.mesh.fsdp={min(mesh.size, 8)}, for the large ones of {state / 1e6:,.0f} MB of state")
     return remedies
@@ -281,7 +289,7 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
     """Prints what `examine` found."""
     devices = math.prod(found["mesh"].values())
     console.print(
-        f"\n[bold]{found['model']}[/] on {found['data']} at {found['resolution']} x {found['resolution']}, "
+        f"\n[bold]{found['model']}[/] on {found['data']} at {found['size']}, "
         f"{found['dtype']}, batch {found['batch_size']:,} on {devices} x {found['device']}"
         + (f" in {found['accumulate']} parts" if found["accumulate"] > 1 else "")
         + f" [dim](compiled in {found['compile_seconds']:.0f} s)[/]"
@@ -298,7 +306,10 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
             console.print("what may make it fit: " + "; ".join(found["remedies"]))
         return
     console.print(f"[bold green]fits[/]: {_gib(found['needed'])} {of}")
-    parts, flops = found["parts"], found["model_flops"]
+    parts, flops = found["parts"], found.get("model_flops")
+    notes = ["estimated", "without collectives"]
+    notes += [f"{found['open_loops']} loops of unknown length once"] if found["open_loops"] else []
+    notes += [f"MFU {found['mfu']:.1%}"] if flops else []
     table = Table(box=box.SIMPLE_HEAD, show_header=False, title="a step on each device")
     table.add_column()
     table.add_column(justify="right")
@@ -310,8 +321,12 @@ def print_report(console: Console, found: dict[str, Any]) -> None:
         ("program", f"{parts['code'] / 1e6:,.1f} MB", ""),
         ("operations", f"{found['flops'] / 1e9:,.1f} GFLOP", "XLA's count, with loops once"),
         ("traffic", f"{found['bytes_accessed'] / 1e9:,.2f} GB", "likewise, of all operations"),
-        ("network", f"{flops / devices / 1e9:,.1f} GFLOP", f"3 x its forward pass; {flops / 1e12:,.2f} TFLOP in all"),
-        ("time", _ms(found["seconds"]), f"estimated, without collectives; MFU {found['mfu']:.1%}"),
+        *(
+            [("network", f"{flops / devices / 1e9:,.1f} GFLOP", f"3 x forward; {flops / 1e12:,.2f} TFLOP in all")]
+            if flops
+            else []
+        ),
+        ("time", _ms(found["seconds"]), ", ".join(notes)),
         *((f"  {name} alone", _ms(seconds), "at the device's peak") for name, seconds in found["bounds"].items()),
     ]
     for row in rows:

@@ -97,12 +97,23 @@ def collectives(hlo: str) -> tuple[Collective, ...]:
 def scheduled_cycles(hlo: str) -> float:
     """Sums `estimated_cycles` over the operations of a scheduled TPU program, with loops as often as they run.
 
-    What runs beside them, such as prefetches and collectives, has no estimate and counts nothing. The result is nan if
-    the turns of a loop are not known.
+    What runs beside them, such as prefetches and collectives, has no estimate and counts nothing. A loop whose turns
+    are not known counts as one turn: see `open_loops`.
     """
     return sum(
         step.times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', step.text)))
-        for step in _run(_computations(hlo), calls=False)
+        for step in _run(_computations(hlo), calls=False, unknown=1.0)
+    )
+
+
+def open_loops(hlo: str) -> int:
+    """The number of loops in a program that run until something is so, for a number of turns that is not known."""
+    computations = _computations(hlo)
+    loops = (line for lines in computations.values() for line in lines if " while(" in line)
+    return sum(
+        math.isnan(turns(line, computations[found[1]]))
+        for line in loops
+        if (found := re.search(r"condition=%([^\s,]+)", line))
     )
 
 
@@ -139,12 +150,16 @@ def _run(
     computations: Mapping[str, list[str]],
     *,
     calls: bool,
+    unknown: float = math.nan,
     name: str = "ENTRY",
     times: float = 1.0,
     caller: str = "",
     call: str = "",
 ) -> Iterator[_Step]:
-    """What a program runs: with the bodies of loops, and of fusions, branches and other calls if wanted."""
+    """What a program runs: with the bodies of loops, and of fusions, branches and other calls if wanted.
+
+    A loop of which it is not known how often it runs has `unknown` turns.
+    """
     starts: dict[str, str] = {}
     for line in computations[name]:
         if not (found := re.match(r"\s*(?:ROOT )?%(\S+) = ", line)):
@@ -156,11 +171,16 @@ def _run(
         start = starts.get(operand[1], line) if operand else ""
         yield _Step(line, type_, opcode, times, name, caller, call, start)
         if opcode == "while" and (loop := re.search(r"condition=%([^\s,]+), body=%([^\s,]+)", line)):
-            inner = times * turns(line, computations[loop[1]])
-            yield from _run(computations, calls=calls, name=loop[2], times=inner, caller=name, call=line)
+            count = turns(line, computations[loop[1]])
+            inner = times * (unknown if math.isnan(count) else count)
+            yield from _run(
+                computations, calls=calls, unknown=unknown, name=loop[2], times=inner, caller=name, call=line
+            )
         elif calls and opcode not in ("async-update", "async-done"):
             for inner in _called(line):
-                yield from _run(computations, calls=calls, name=inner, times=times, caller=name, call=line)
+                yield from _run(
+                    computations, calls=calls, unknown=unknown, name=inner, times=times, caller=name, call=line
+                )
 
 
 def _called(line: str) -> list[str]:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ssm_jax.compiled import Collective, collectives, memory, scheduled_cycles
+from ssm_jax.compiled import Collective, collectives, memory, open_loops, scheduled_cycles
 from ssm_jax.training.sharding import make_mesh
 
 N = 8
@@ -214,4 +214,7 @@ def test_the_length_of_a_loop_is_what_its_line_says():
     "line", ["%five = s32[] parameter(0)", "%one = s32[] constant(1)\n  %five = s32[] constant(5)"]
 )
 def test_cycles_of_a_loop_of_unknown_length_are_unknown(line):
-    assert math.isnan(scheduled_cycles(ON_TPU.replace("%five = s32[]{:T(128)} constant(5)", line)))
+    endless = ON_TPU.replace("%five = s32[]{:T(128)} constant(5)", line)
+    assert (open_loops(ON_TPU), open_loops(endless)) == (0, 1)
+    once = ON_TPU.replace("%five = s32[]{:T(128)} constant(5)", "%five = s32[]{:T(128)} constant(1)")
+    assert scheduled_cycles(endless) == scheduled_cycles(once) < scheduled_cycles(ON_TPU)
