@@ -2,9 +2,13 @@
 
 An example that is read is a function of the source, the seed and the number of its row since the start of training, and
 of nothing else: not of threads, worker processes, hosts or where a run was interrupted.
+
+Where examples are of several shapes, `groups`, (n,) integers, tells which are of one: a batch has examples of one group
+only.
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -37,13 +41,14 @@ def train_batches(
     batch_size: int,
     transform: Callable[[Any, np.random.Generator], dict[str, Any]],
     seed: int,
+    groups: np.ndarray | None = None,
     start: int = 0,
     repeats: int = 1,
     threads: int = 1,
     workers: int = 0,
     max_broken: float = 0.01,
 ) -> "Batches":
-    """Endless batches {"image": (b, ...) uint8, "label": (b,) or (b, classes)} of this process's rows.
+    """Endless batches of this process's rows: what `transform` gives, such as {"image": (b, ...), "label": (b,)}.
 
     Every epoch has its own order, and every example of every epoch its own augmentation.
 
@@ -52,6 +57,9 @@ def train_batches(
         batch_size: rows of a batch over all processes.
         transform: decodes and augments an example, with all randomness from the generator.
         seed: of order and augmentation.
+        groups: of each example. An epoch is then one of whole batches, see `batches_per_epoch`, in an order of its own;
+            in each group some examples come once more than others, other ones in every epoch, to fill up its last
+            batch. mmdetection's GroupSampler.
         start: number of the first batch: that of the training step, when a run goes on.
         repeats: times that an example is in an epoch, one after the other, each time augmented anew; an epoch has as
             many rows as before, and so only 1 / repeats of the examples (repeated augmentation, arXiv:1901.09335, as in
@@ -60,11 +68,21 @@ def train_batches(
             large images only: of small ones they spend their time waiting for the interpreter's lock.
         workers: processes that read.
         max_broken: share of the examples that may be unreadable; others take their places, chosen by the row's
-            generator.
+            generator, of the same group.
     """
-    order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
-    read = _TrainRow(source, transform, seed, order, repeats)
+    if groups is None:
+        order = _Mixed(_Shuffled.of(len(source), seed), repeats)
+    else:
+        order = _Grouped.of(_examples(source, groups), batch_size, seed, repeats)
+    read = _TrainRow(source, transform, seed, order)
     return Batches(_batched(read, batch_size, range(start, sys.maxsize), threads, workers), source, max_broken)
+
+
+def batches_per_epoch(source: Source, batch_size: int, groups: np.ndarray | None = None) -> int:
+    """Of training: whole batches that there are; with `groups` the last of each group is filled up and counts, too."""
+    if groups is None:
+        return len(source) // batch_size
+    return sum(_whole_batches(_examples(source, groups), batch_size))
 
 
 def eval_batches(
@@ -72,18 +90,21 @@ def eval_batches(
     *,
     batch_size: int,
     transform: Callable[[Any], dict[str, Any]],
+    groups: np.ndarray | None = None,
     threads: int = 1,
     workers: int = 0,
     max_broken: float = 0.01,
     broken: set[int] | None = None,
 ) -> "Batches":
-    """All examples once, in order, with `mask` (b,) bool: False for unreadable ones, and rows that fill up a batch.
+    """All examples once, in order, group by group, each with `index` () int32, its number in the source.
+
+    `mask` () bool is False for unreadable ones, and for rows that fill up the last batch of a group.
 
     The arguments are those of `train_batches`, and `broken`, a set for the numbers of what cannot be read: those that
     it has already are not reported again.
     """
-    numbers = range(-(-len(source) // batch_size))
-    batches = _batched(_EvalRow(source, transform), batch_size, numbers, threads, workers)
+    read = _EvalRow.of(source, transform, _examples(source, groups), batch_size)
+    batches = _batched(read, batch_size, range(len(read.order) // batch_size), threads, workers)
     return Batches(batches, source, max_broken, broken)
 
 
@@ -121,30 +142,132 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 
 @dataclasses.dataclass(frozen=True)
+class _Shuffled:
+    """The numbers below `count`, in every epoch in another order."""
+
+    count: int
+    numbers: grain.MapDataset
+
+    @classmethod
+    def of(cls, count: int, seed: int) -> "_Shuffled":
+        return cls(count, grain.MapDataset.range(count).seed(seed).shuffle().repeat())
+
+    def __call__(self, epoch: int, place: int) -> int:
+        number: Any = self.numbers[epoch * self.count + place]
+        return int(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mixed:
+    """Which example is in a row where all are alike: epoch follows epoch, wherever batches begin."""
+
+    examples: _Shuffled
+    repeats: int
+
+    def __call__(self, row: int) -> int:
+        epoch, place = divmod(row, self.examples.count)
+        return self.examples(epoch, place // self.repeats)
+
+    def another(self, index: int, rng: np.random.Generator) -> int:
+        """One that can take the place of the example `index`."""
+        del index
+        return int(rng.integers(self.examples.count))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Grouped:
+    """Which example is in a row where a batch has those of one group."""
+
+    groups: tuple[np.ndarray, ...]
+    shuffled: tuple[_Shuffled, ...]
+    """Of each group."""
+    batches: _Shuffled
+    """Of an epoch, numbered group by group."""
+    starts: np.ndarray
+    """(groups,): the number of each group's first batch."""
+    batch_size: int
+    repeats: int
+
+    @classmethod
+    def of(cls, groups: tuple[np.ndarray, ...], batch_size: int, seed: int, repeats: int) -> "_Grouped":
+        *starts, count = np.cumsum([0, *_whole_batches(groups, batch_size)]).tolist()
+        shuffled = tuple(_Shuffled.of(len(group), seed) for group in groups)
+        return cls(groups, shuffled, _Shuffled.of(count, seed), np.array(starts), batch_size, repeats)
+
+    def __call__(self, row: int) -> int:
+        number, column = divmod(row, self.batch_size)
+        epoch, place = divmod(number, self.batches.count)
+        batch = self.batches(epoch, place)
+        i = int(np.searchsorted(self.starts, batch, "right")) - 1
+        place = (batch - int(self.starts[i])) * self.batch_size + column
+        group, shuffled = self.groups[i], self.shuffled[i]
+        return int(group[shuffled(epoch, place // self.repeats % len(group))])
+
+    def another(self, index: int, rng: np.random.Generator) -> int:
+        """One that can take the place of the example `index`."""
+        (group,) = (group for group in self.groups if index in group)
+        return int(rng.choice(group))
+
+
+def _examples(source: Source, groups: np.ndarray | None) -> tuple[np.ndarray, ...]:
+    """The numbers of each group's examples, ascending."""
+    if groups is None:
+        return (np.arange(len(source)),)
+    if groups.shape != (len(source),):
+        raise ValueError(f"groups must have a number for each of the {len(source)} examples, got {groups.shape}.")
+    return tuple(np.flatnonzero(groups == group) for group in np.unique(groups))
+
+
+def _whole_batches(groups: tuple[np.ndarray, ...], batch_size: int) -> list[int]:
+    """How many batches each group fills, the last of them only in part."""
+    return [-(-len(group) // batch_size) for group in groups]
+
+
+@dataclasses.dataclass(frozen=True)
 class _TrainRow:
     source: Source
     transform: Callable[[Any, np.random.Generator], dict[str, Any]]
     seed: int
-    order: grain.MapDataset
-    repeats: int
+    order: _Mixed | _Grouped
 
     def __call__(self, row: int) -> dict[str, Any]:
-        count = len(self.source)
         rng = np.random.Generator(np.random.Philox(key=[self.seed, row]))
-        epoch, place = divmod(row, count)
-        index: Any = self.order[epoch * count + place // self.repeats]
-        return _read(lambda i: self.transform(self.source[i], rng), index, lambda _: int(rng.integers(count)))
+        another = functools.partial(self.order.another, rng=rng)
+        return _read(lambda i: self.transform(self.source[i], rng), self.order(row), another)
 
 
 @dataclasses.dataclass(frozen=True)
 class _EvalRow:
     source: Source
     transform: Callable[[Any], dict[str, Any]]
+    order: np.ndarray
+    """(rows,): the example in each."""
+    counts: np.ndarray
+    """(rows,) bool: whether it is there for the first time."""
+    following: np.ndarray
+    """(examples,): the next of the same group."""
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        transform: Callable[[Any], dict[str, Any]],
+        groups: tuple[np.ndarray, ...],
+        batch_size: int,
+    ) -> "_EvalRow":
+        sizes = [count * batch_size for count in _whole_batches(groups, batch_size)]
+        order = np.concatenate([np.resize(group, size) for group, size in zip(groups, sizes, strict=True)])
+        counts = np.concatenate([np.arange(size) < len(group) for group, size in zip(groups, sizes, strict=True)])
+        following = np.empty(len(source), np.int64)
+        for group in groups:
+            following[group] = np.roll(group, -1)
+        return cls(source, transform, order, counts, following)
 
     def __call__(self, row: int) -> dict[str, Any]:
-        count = len(self.source)
-        example = _read(lambda i: self.transform(self.source[i]), row % count, lambda i: (i + 1) % count)
-        return {**example, "mask": np.bool_(row < count and example["broken"] < 0)}
+        index = int(self.order[row])
+        example = _read(lambda i: self.transform(self.source[i]), index, lambda i: int(self.following[i]))
+        mask = np.bool_(self.counts[row] and example["broken"] < 0)
+        return {**example, "index": np.int32(index), "mask": mask}
 
 
 def _read(read: Callable[[int], dict[str, Any]], index: int, another: Callable[[int], int]) -> dict[str, Any]:

@@ -20,8 +20,10 @@ Options = Any
 
 def load(data: Options, *, files: bool = True) -> Dataset:
     """Opens the dataset, or describes it without its files, see `load_dataset`."""
-    clips = {"fold": data.fold, "frames": data.frames, "seconds": data.seconds}
-    options = clips if data.name == "hmdb51" else {}
+    options = {
+        "hmdb51": {"fold": data.fold, "frames": data.frames, "seconds": data.seconds},
+        "coco": {"bad_annotations": data.bad_annotations},
+    }.get(data.name, {})
     return load_dataset(data.name, data.dir or None, image_size=data.image_size, files=files, **options)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ssm_jax.data.augment import Augment, CenterCrop
-from ssm_jax.data.pipeline import BrokenDataError, eval_batches, train_batches
+from ssm_jax.data.pipeline import BrokenDataError, batches_per_epoch, eval_batches, train_batches
 
 COUNT = 23
 IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4, 3), np.uint8)
@@ -148,11 +148,12 @@ def test_training_batches_have_images_and_labels_alone():
     }
 
 
-def test_evaluation_batches_have_a_mask_besides():
+def test_evaluation_batches_have_numbers_and_a_mask_besides():
     (batch, *_) = evaluation(6)
     assert {name: (rows.shape, rows.dtype) for name, rows in batch.items()} == {
         "image": ((6, 4, 4, 3), np.uint8),
         "label": ((6,), np.int32),
+        "index": ((6,), np.int32),
         "mask": ((6,), np.bool_),
     }
 
@@ -162,6 +163,7 @@ def test_evaluation_has_every_example_once_in_order(batch_size):
     batches = list(evaluation(batch_size))
     mask = np.concatenate([batch["mask"] for batch in batches])
     assert labels(batches)[mask].tolist() == list(range(COUNT))
+    assert np.concatenate([batch["index"] for batch in batches])[mask].tolist() == list(range(COUNT))
     images = np.concatenate([batch["image"] for batch in batches])[mask]
     np.testing.assert_array_equal(images, IMAGES)
 
@@ -264,3 +266,116 @@ def test_other_errors_of_a_source_are_not_hidden():
 
     with pytest.raises(KeyError, match="label"):
         take(training(source=Failing()), 1)
+
+
+GROUPS = np.random.default_rng(1).permutation(np.repeat([7, 2, 5], [13, 9, 1]))
+MEMBERS = {group: np.flatnonzero(group == GROUPS) for group in (2, 5, 7)}
+"""9, 1 and 13 of the images."""
+
+
+def test_groups_fill_whole_batches():
+    counted = {size: batches_per_epoch(SOURCE, size, GROUPS) for size in (1, 2, 4, 13, 30)}
+    assert counted == {1: 23, 2: 7 + 5 + 1, 4: 4 + 3 + 1, 13: 3, 30: 3}
+    assert [batches_per_epoch(SOURCE, size) for size in (1, 4, 30)] == [23, 5, 0]
+
+
+@pytest.mark.parametrize("batch_size", [2, 6])
+def test_training_batches_are_of_one_group(batch_size):
+    for batch in take(training(batch_size, groups=GROUPS), 30):
+        assert len({*GROUPS[batch["label"]]}) == 1
+        assert len(batch["label"]) == batch_size
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 30])
+def test_every_epoch_has_every_example_of_every_group(batch_size):
+    """And none once more than it takes to fill the group's batches."""
+    count = batches_per_epoch(SOURCE, batch_size, GROUPS)
+    batches = take(training(batch_size, groups=GROUPS), 3 * count)
+    for epoch in range(3):
+        times = np.bincount(labels(batches[epoch * count : (epoch + 1) * count]), minlength=COUNT)
+        for members in MEMBERS.values():
+            rows = int(np.ceil(len(members) / batch_size)) * batch_size
+            assert times[members].sum() == rows
+            assert {*times[members]} <= {rows // len(members), rows // len(members) + 1}
+
+
+def test_every_epoch_has_its_own_batches_in_its_own_order():
+    count = batches_per_epoch(SOURCE, 2, GROUPS)
+    rows = labels(take(training(2, groups=GROUPS), 4 * count)).reshape(4, count, 2)
+    assert len({tuple(GROUPS[epoch[:, 0]]) for epoch in rows}) == 4
+    for group in (7, 2):  # and so which examples fill up differs
+        assert len({tuple(epoch[GROUPS[epoch] == group]) for epoch in rows}) == 4
+    twice = [tuple(np.flatnonzero(np.bincount(epoch.ravel()) == 2)) for epoch in rows]
+    assert len({*twice}) > 1
+
+
+@pytest.mark.parametrize("start", [1, 4, 17])
+def test_batches_of_groups_are_a_function_of_their_number(start):
+    whole = take(training(4, groups=GROUPS), start + 9)
+    assert_equal_batches(take(training(4, groups=GROUPS, start=start), 9), whole[start:])
+
+
+def test_other_seeds_give_other_batches_of_groups():
+    one, other = (labels(take(training(4, groups=GROUPS, seed=seed), 8)) for seed in (3, 4))
+    assert one.tolist() != other.tolist()
+
+
+@pytest.mark.parametrize("options", [{"threads": 3}, {"workers": 2}])
+def test_threads_and_workers_change_nothing_with_groups(options):
+    assert_equal_batches(take(training(4, groups=GROUPS, **options), 9), take(training(4, groups=GROUPS), 9))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_rows_of_all_processes_are_those_of_one_with_groups(on_process, processes):
+    for batches in (
+        lambda: take(training(6, groups=GROUPS), 10),
+        lambda: list(evaluation(6, groups=GROUPS)),
+    ):
+        parts = [on_process(i, processes, batches) for i in range(processes)]
+        assert_equal_batches(joined(parts), batches())
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 6, 30])
+def test_evaluation_has_every_example_once_group_by_group(batch_size):
+    batches = list(evaluation(batch_size, groups=GROUPS))
+    assert len(batches) == batches_per_epoch(SOURCE, batch_size, GROUPS)
+    for batch in batches:
+        assert len({*GROUPS[batch["label"]]}) == 1
+        np.testing.assert_array_equal(batch["index"], batch["label"])
+    mask = np.concatenate([batch["mask"] for batch in batches])
+    assert labels(batches)[mask].tolist() == np.concatenate([*MEMBERS.values()]).tolist()
+
+
+def test_one_group_is_evaluated_as_none():
+    assert_equal_batches(list(evaluation(6, groups=np.ones(COUNT, int))), list(evaluation(6)))
+
+
+def test_examples_of_the_same_group_take_the_places_of_unreadable_ones():
+    options = {"groups": GROUPS, "max_broken": 0.2}
+    broken = tuple(MEMBERS[7][[0, -1]])
+    count = batches_per_epoch(SOURCE, 4, GROUPS)
+    batches = take(training(4, source=Images(broken), **options), 2 * count)
+    for batch, whole in zip(batches, take(training(4, groups=GROUPS), 2 * count), strict=True):
+        np.testing.assert_array_equal(GROUPS[batch["label"]], GROUPS[whole["label"]])
+        readable = ~np.isin(whole["label"], broken)
+        np.testing.assert_array_equal(batch["label"][readable], whole["label"][readable])
+        assert not np.isin(batch["label"], broken).any()
+    found = list(evaluation(4, source=Images(broken), **options))
+    assert all(len({*GROUPS[batch["label"]]}) == 1 for batch in found)
+    mask = np.concatenate([batch["mask"] for batch in found])
+    assert sorted(labels(found)[mask]) == [i for i in range(COUNT) if i not in broken]
+
+
+def test_an_epoch_of_repeated_examples_has_as_many_batches_of_each_group():
+    batches = take(training(4, groups=GROUPS, repeats=3), batches_per_epoch(SOURCE, 4, GROUPS))
+    times = np.bincount(labels(batches), minlength=COUNT)
+    assert {group: sorted(times[members])[-6:] for group, members in MEMBERS.items()} == {
+        2: [0, 0, 3, 3, 3, 3],
+        5: [4],
+        7: [1, 3, 3, 3, 3, 3],
+    }
+
+
+def test_every_example_needs_a_group():
+    with pytest.raises(ValueError, match=r"^groups must have a number for each of the 23 examples, got \(22,\)\.$"):
+        training(4, groups=GROUPS[1:])
