@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from ssm_jax.ops.dtypes import at_least_float32
 
@@ -60,10 +60,13 @@ class BatchNorm(nnx.Module):
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
-    def __call__(self, x: Float[Array, "b *axes c"]) -> Float[Array, "b *axes c"]:
+    def __call__(
+        self, x: Float[Array, "b *axes c"], *, where: Bool[Array, " b"] | None = None
+    ) -> Float[Array, "b *axes c"]:
         """Normalises; in training also moves the running statistics.
 
-        Raises ValueError in training for a single value per channel, which has no variance.
+        `where` says which rows, at least one, the batch's own statistics are of, by default all. Raises ValueError in
+        training for a single value per channel, which has no variance.
         """
         precise = at_least_float32(x.dtype)
         mean, var = self.mean[...].astype(precise), self.var[...].astype(precise)
@@ -73,9 +76,12 @@ class BatchNorm(nnx.Module):
             axes, count = tuple(range(x.ndim - 1)), x.size // x.shape[-1]
             if count == 1:
                 raise ValueError(f"x must have more than one value per channel in training, got shape {x.shape}.")
+            rows = None if where is None else where[(..., *expand)]
+            if where is not None:
+                count = where.sum().astype(precise) * (count // where.size)
             # Both moments in one reading of x; about the running mean, so that no digits are lost where it is large.
-            offset = x_centred.mean(axes)
-            var = jnp.maximum(jnp.square(x_centred).mean(axes) - jnp.square(offset), 0.0)
+            offset = x_centred.mean(axes, where=rows)
+            var = jnp.maximum(jnp.square(x_centred).mean(axes, where=rows) - jnp.square(offset), 0.0)
             self._move(self.mean, mean + offset)
             self._move(self.var, var * (count / (count - 1)))
             x_centred -= offset[expand]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from ssm_jax.detection.mask_rcnn import Doubled
 from ssm_jax.layers.s4nd import S4ND
 from ssm_jax.layers.ssm_kernel import DPLRKernel, S4DKernel
 from ssm_jax.pretrained.names import Path
@@ -30,6 +31,7 @@ class Layout(NamedTuple):
 _SAME = Layout(lambda x: x, lambda x: x)
 _LINEAR = Layout(np.transpose, np.transpose)
 _CONV = Layout(lambda x: np.moveaxis(x, (-1, -2), (0, 1)), lambda x: np.moveaxis(x, (0, 1), (-1, -2)))
+_TRANSPOSED_CONV = Layout(lambda x: np.moveaxis(x, (-2, -1), (0, 1)), lambda x: np.moveaxis(x, (0, 1), (-2, -1)))
 _PER_CHANNEL = Layout(lambda x: x[:, None, None], lambda x: x[:, 0, 0])  # torchvision's layer scale
 _COMPLEX = Layout(lambda x: np.moveaxis(x, 0, -1), lambda x: np.moveaxis(x, -1, 0))
 _B = Layout(lambda x: np.moveaxis(x, 0, -1)[None], lambda x: np.moveaxis(x[0], -1, 0))
@@ -50,6 +52,15 @@ def _read_outs(shape: tuple[int, ...], out_channels: int) -> Layout:
     return Layout(to_torch, to_ours)
 
 
+def _flattened(shape: tuple[int, ...]) -> Layout:
+    """Of a linear map of maps (h, w, channels), which PyTorch flattens channels first."""
+    h, w, channels, features = shape
+    return Layout(
+        lambda x: _CONV.to_torch(x).reshape(features, -1),
+        lambda x: _CONV.to_ours(x.reshape(features, channels, h, w)),
+    )
+
+
 def layout(modules: Mapping[Path, nnx.Module], path: Path, shape: tuple[int, ...], name: str) -> Layout:
     """The layout of the variable at `path`, of this `shape`, known there by `name`; `modules` has all by path."""
     leaf = path[-1]
@@ -59,6 +70,10 @@ def layout(modules: Mapping[Path, nnx.Module], path: Path, shape: tuple[int, ...
             return _read_outs(shape, (isinstance(owner, S4ND) and owner.out_channels) or 1)
         return {"B": _B, "P": _COMPLEX}.get(str(leaf), _SAME)
     if leaf == "kernel":
+        if isinstance(modules.get(path[:-1]), Doubled):
+            return _TRANSPOSED_CONV
+        if isinstance(modules.get(path[:-1]), nnx.LinearGeneral):
+            return _flattened(shape)
         return _LINEAR if len(shape) == 2 else _CONV
     return _PER_CHANNEL if name.endswith(".layer_scale") else _SAME
 

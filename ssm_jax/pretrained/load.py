@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ssm_jax.detection import Backbone
 from ssm_jax.layers.position import resample_positions
 from ssm_jax.layers.ssm_kernel import DPLRKernel
 from ssm_jax.models.swin import WindowAttention, resample_relative_positions
@@ -44,12 +45,16 @@ def load_torch(
     take the variables' dtype and sharding; variables may be abstract (`nnx.eval_shape`). Where low-rank kernels hold
     C (I - Abar^l_kernel), which the release's first forward pass makes of C, that C is computed, in float64.
 
+    A detector may be given the weights of one of torchvision's, whose other backbones have the names of timm, and
+    `detector.backbone` those of a classifier, of any number of classes.
+
     Args:
         model: the network.
         source: a file (`.safetensors`, or what `torch.save` wrote; it is read without running anything in it), or what
             such a file holds: a state dict, names to arrays, also one under `model`, `state_dict` or `module`.
         key: where in `source` the state dict is instead, such as `model_ema`.
-        reset_head: leave classifiers, `head` and `head_dist`, as they are, for another number of classes.
+        reset_head: leave classifiers, `head` and `head_dist`, and a detector's outputs for classes as they are, for
+            another number of classes.
         reset_aggregation: leave what aggregates layers, such as S6LA, as it is, for the weights of the plain network.
 
     Raises:
@@ -57,10 +62,12 @@ def load_torch(
             names in `source`; the network is unchanged then. Also for a file that cannot be read.
     """
     state = find_state(source, key=key) if isinstance(source, Mapping) else read_state(source, key=key)
+    # What a classifier has besides is known, but not taken.
+    model, removed = (model.network, model.removed) if isinstance(model, Backbone) else (model, ())
     modules = dict(nnx.iter_modules(model))
     variables = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     buffers = release_buffers(modules)
-    dialect, names = _spoken(dialects(model, [*variables, *buffers]), state)
+    dialect, names = _spoken(dialects(model, [*variables, *buffers, *removed]), state)
     own = {"reset_head": (reset_head, _is_head), "reset_aggregation": (reset_aggregation, _is_aggregation)}
     kept = {path for path in variables if any(reset and of(path) for reset, of in own.values())}
     if any(isinstance(variables[path].get_value(), jax.ShapeDtypeStruct) for path in kept):
@@ -103,7 +110,8 @@ def load_torch(
 
 
 def _is_head(path: Path) -> bool:
-    return path[0] in ("head", "head_dist")
+    outputs = [("box", "classes"), ("box", "deltas"), ("mask", "output"), ("classifier", "output")]  # of detectors
+    return path[0] in ("head", "head_dist") or path[:2] in outputs
 
 
 def _is_aggregation(path: Path) -> bool:

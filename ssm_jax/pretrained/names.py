@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from ssm_jax.detection import Backbone
 from ssm_jax.layers.s4nd import S4ND
 
 Path = tuple[Any, ...]
@@ -224,8 +225,42 @@ _RELEASE_STEMS: list[tuple[str, tuple[str, ...], _Rules]] = [
 """Those of ConvNeXt's stems there, by what some of our names begin with: the first stem that has all of it counts."""
 
 
+_DETECTORS: _Rules = [
+    (r"^fpn\.(inner|layer)s?\.(\d+)\.", r"fpn.\1_blocks.\2."),
+    (r"^fpn\.extra\.", "fpn.extra_blocks."),
+    (r"^fpn\.", "backbone.fpn."),
+    (r"^rpn\.convs\.", "rpn.head.conv."),
+    (r"^rpn\.objectness\.", "rpn.head.cls_logits."),
+    (r"^rpn\.deltas\.", "rpn.head.bbox_pred."),
+    (r"^box\.head\.(convs\.)?", "roi_heads.box_head."),
+    (r"^box\.classes\.", "roi_heads.box_predictor.cls_score."),
+    (r"^box\.deltas\.", "roi_heads.box_predictor.bbox_pred."),
+    (r"^mask\.convs\.", "roi_heads.mask_head."),
+    (r"^mask\.doubled\.", "roi_heads.mask_predictor.conv5_mask."),
+    (r"^mask\.output\.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    (r"^classifier\.convs\.", "head.classification_head.conv."),
+    (r"^classifier\.output\.", "head.classification_head.cls_logits."),
+    (r"^regressor\.convs\.", "head.regression_head.conv."),
+    (r"^regressor\.output\.", "head.regression_head.bbox_reg."),
+    (r"\.(\d+)\.conv\.", r".\1.0."),
+    (r"\.(\d+)\.norm\.", r".\1.1."),
+]
+"""From our names to torchvision's, of what a detector has besides the network."""
+
+_OLDER_DETECTORS: _Rules = [
+    (r"(inner_blocks|layer_blocks)\.(\d+)\.0\.", r"\1.\2."),
+    (r"^rpn\.head\.conv\.0\.0\.", "rpn.head.conv."),
+    (r"^roi_heads\.mask_head\.(\d+)\.0\.", _plus("roi_heads.mask_head.mask_fcn{}.", 1)),
+    (r"_head\.conv\.(\d+)\.0\.", _plus("_head.conv.{}.", 0, 2)),
+]
+"""From these to those of the files that were released first."""
+
+
 def dialects(model: nnx.Module, paths: Collection[Path]) -> dict[str, dict[Path, str]]:
     """For each way of naming, the names of a network's variables; first the one of the network's origin."""
+    backbone = getattr(model, "backbone", None)
+    if isinstance(backbone, Backbone):
+        return _of_detector(backbone.network, paths)
     layers = {path for path, module in nnx.iter_modules(model) if isinstance(module, S4ND)}
     family = type(model).__name__
     ours = {path: _own_name(path, layers) for path in paths}
@@ -236,6 +271,22 @@ def dialects(model: nnx.Module, paths: Collection[Path]) -> dict[str, dict[Path,
         names = _renamed(ours, _RELEASE.get(family, _RENAMES.get(family, ())))
         release["S4's release"] = _renamed(names, _release_stem(names.values()))
     return release | timm | others if layers or family not in _RENAMES else timm | others | release
+
+
+def _of_detector(network: nnx.Module, paths: Collection[Path]) -> dict[str, dict[Path, str]]:
+    """The same for a detector that sees by this network."""
+    inside = ("backbone", "network")
+    seeing = dialects(network, [path[2:] for path in paths if path[:2] == inside])
+    ours = {path: _own_name(path, ()) for path in paths if path[:2] != inside}
+    convs = {path[3] for path in ours if path[:3] == ("box", "head", "convs")}
+    after_convs: _Rules = [(r"^box\.head\.fc\.", f"box.head.{len(convs) + 1}.")]  # one more is what flattens
+    now = _renamed(ours, [*after_convs, *_DETECTORS])
+    names = {}
+    for release, others in {"torchvision": now, "torchvision's older files": _renamed(now, _OLDER_DETECTORS)}.items():
+        for origin, seen in seeing.items():
+            body = {(*inside, *path): f"backbone.body.{name}" for path, name in seen.items()}
+            names[f"{release}, the network's by {origin}"] = body | others
+    return names
 
 
 def _own_name(path: Path, layers: Collection[Path]) -> str:

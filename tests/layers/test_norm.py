@@ -199,3 +199,17 @@ def test_layer_norm_keeps_its_digits_at_a_large_mean():
     layer = drawn(lambda: LayerNorm(32, rngs=nnx.Rngs(0)))
     scale, bias = np.asarray(layer.scale[...]), np.asarray(layer.bias[...])
     assert_close(jax.jit(layer)(x), layer_norm(x.astype(float), scale, bias), 1e-4)
+
+
+def test_rows_that_do_not_count_change_nothing_for_those_that_do():
+    x, some = normal(6, 3, 4), np.array([True, False, True, True, False, False])
+    x[~some] = 1e3
+    masked, alone = build(4), build(4)
+    assert_close(masked(jnp.asarray(x), where=jnp.asarray(some))[some], alone(jnp.asarray(x[some])), 1e-5)
+    for ours, expected in zip(statistics(masked), statistics(alone), strict=True):
+        assert_close(ours, expected)
+    f = lambda x, where: jnp.sum(jnp.sin(build(4)(x, where=where))[some])  # noqa: E731
+    gradient = jax.grad(f)(jnp.asarray(x), jnp.asarray(some))
+    expected = jax.grad(lambda x: jnp.sum(jnp.sin(build(4)(x))))(jnp.asarray(x[some]))
+    assert_close(gradient[some], expected, 1e-5)
+    np.testing.assert_array_equal(gradient[~some], 0)
