@@ -139,7 +139,7 @@ def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
 
 def _apply(experiment: Experiment) -> None:
     """Evaluates a batch of which only the shape is known: that is when a network refuses images."""
-    image = experiment.eval_transform(experiment.dataset.splits["test"][0])["image"]
+    image = experiment.problem.eval_transform(experiment.dataset.splits["test"][0])["image"]
     rows = experiment.mesh.size
     batch = {
         "image": jax.ShapeDtypeStruct((rows, *image.shape), image.dtype),

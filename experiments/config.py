@@ -15,7 +15,15 @@ from ssm_jax.training.checkpoint_files import gathered
 Config = Any
 """An ml_collections ConfigDict, whose fields a type checker cannot know."""
 
-_OF_THE_STATE = ("model.", "data.name", "smoke", "ema_decay", "optimizer.name", "optimizer.decay_rule")
+_OF_THE_STATE = (
+    "model.",
+    "data.name",
+    "smoke",
+    "ema_decay",
+    "optimizer.name",
+    "optimizer.decay_rule",
+    "optimizer.frozen",
+)
 """Fields, or how they begin, that decide which arrays there are in a checkpoint."""
 
 
@@ -60,6 +68,7 @@ def check(config: Config) -> None:
         "data.resolution": (lambda x: x is None or x >= 1, "at least 1"),
         "data.workers": not_negative,
         "data.max_broken": share,
+        "data.max_objects": at_least_1,
         "augment.repeats": at_least_1,
         "augment.erasing": share,
         "augment.mixup": not_negative,
@@ -105,6 +114,7 @@ def check(config: Config) -> None:
             lambda x: all(config.optimizer.warmup_epochs <= epoch < config.epochs for epoch in x),
             f"epochs after the warm-up and before the end, epochs={config.epochs}",
         ),
+        "optimizer.frozen": (lambda x: all(isinstance(name, str) for name in x), "names, such as ('backbone',)"),
         "optimizer.clip_norm": (lambda x: x is None or x > 0, "positive"),
         "optimizer.momentum": (lambda x: 0 <= x < 1, "in [0, 1)"),
         "sharding_rules": (

@@ -25,6 +25,7 @@ import configs
 import ssm_jax
 from experiments.config import Config
 from ssm_jax.data.datasets import outline
+from ssm_jax.detection import create_detector
 
 _MARKDOWN = flags.DEFINE_string("markdown", None, "File to write the table to.")
 
@@ -89,11 +90,11 @@ def count_parameters(config: Config) -> int:
 
 @functools.cache
 def _count(arguments: str, num_classes: int, channels: int) -> int:
-    model = nnx.eval_shape(
-        lambda: ssm_jax.create_model(
-            **json.loads(arguments), num_classes=num_classes, in_channels=channels, rngs=nnx.Rngs(0)
-        )
-    )
+    options: dict[str, Any] = {**json.loads(arguments), "num_classes": num_classes}
+    if "backbone" in options:
+        model = nnx.eval_shape(lambda: create_detector(**options, rngs=nnx.Rngs(0)))
+    else:
+        model = nnx.eval_shape(lambda: ssm_jax.create_model(**options, in_channels=channels, rngs=nnx.Rngs(0)))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -104,7 +105,7 @@ def row(recipe: Recipe) -> list[str]:
     return [
         recipe.name,
         config.data.name,
-        config.model.name,
+        " + ".join(filter(None, [config.model.name, config.model.get("backbone", {}).get("name")])),
         f"{count_parameters(config) / 1e6:.2f} M",
         f"{config.epochs:g}",
         f"{config.batch_size:,}",

@@ -13,6 +13,7 @@ from experiments import report
 from experiments.command import config_flag, run_command
 from experiments.config import Config, ConfigError, check_same_network
 from experiments.experiment import Experiment, build
+from experiments.problem import Scores
 from ssm_jax.training.checkpoints import Checkpoints, find_checkpoint
 from ssm_jax.training.steps import TrainState
 
@@ -20,7 +21,7 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, or one of
 _RESOLUTION = flags.DEFINE_integer("resolution", None, "Resolution of the test images; default: the config's.")
 
 
-def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None = None) -> report.Scores:
+def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None = None) -> Scores:
     """Prints the table of scores and returns them."""
     if resolution is not None and resolution < 1:
         raise ConfigError(f"--resolution must be at least 1, got {resolution}.")

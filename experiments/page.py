@@ -55,8 +55,7 @@ def page(workdir: epath.PathLike) -> str:
     config, run = _read(workdir / "config.json"), _read(workdir / "run.json")
     results = _read(workdir / "results.json") if (workdir / "results.json").exists() else {}
     rows = read_metrics(workdir)
-    size = f"{run['resolution']} x {run['resolution']}"
-    title = f"{config['model']['name']} on {run['dataset']['title']}, {size}"
+    title = f"{config['model']['name']} on {run['dataset']['title']}, {run['size']}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="outcome">{escape(_outcome(run, rows, results))}</p>',
@@ -116,10 +115,11 @@ def _scores(
 ) -> str:
     """The table of test scores, or of the last validation where there are none."""
     if results:
-        tables = {f"{resolution} x {resolution}": score for resolution, score in results["test"].items()}
+        sizes = {str(run["resolution"]): run["size"]}
+        tables = {sizes.get(key, f"{key} x {key}"): score for key, score in results["test"].items()}
         caption = "On the test images, by their resolution; averaged: with averaged parameters."
     else:
-        scored = [row for row in rows if "val/loss" in row]
+        scored = [row for row in rows if run["best_by"] in row]
         if not scored:
             return ""
         last = {name.removeprefix("val/"): value for name, value in scored[-1].items() if name.startswith("val/")}

@@ -23,7 +23,7 @@ from experiments import page
 from experiments.config import write_file
 from experiments.experiment import Experiment
 from ssm_jax.training.loop import Stopped
-from ssm_jax.training.optimizer import group_sizes, param_groups
+from ssm_jax.training.optimizer import group_sizes
 from ssm_jax.training.sharding import sharding_table
 
 _PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -83,11 +83,12 @@ def facts(experiment: Experiment) -> dict[str, Any]:
             **{split: len(source) for split, source in dataset.splits.items()},
         },
         "resolution": experiment.resolution,
+        "size": experiment.problem.size(experiment.resolution),
         "total_steps": experiment.total_steps,
         "steps_per_epoch": experiment.steps_per_epoch,
         "best_by": experiment.best_by,
         "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
-        "groups": group_sizes(param_groups(params, experiment.config.optimizer.decay_rule), params),
+        "groups": group_sizes(experiment.groups, params),
         "sharding": sharding_table(experiment.abstract_state),
     }
 

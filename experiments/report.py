@@ -11,46 +11,27 @@ import sys
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 from absl import app, flags
 from etils import epath
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 from experiments import page
 from experiments.config import write_file
-from experiments.experiment import Evaluation, Experiment
+from experiments.experiment import Experiment
+from experiments.problem import Scores
 from ssm_jax import plots
 from ssm_jax.layers import S4ND
 from ssm_jax.training.metrics import read_metrics
 from ssm_jax.training.steps import TrainState
 
-Scores = dict[int, dict[str, float]]
-"""Scores on the test images, by resolution."""
-
 
 def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> None:
     """Prints the scores of a checkpoint, described in words."""
     config = experiment.config
-    table = Table(title=f"{config.model.name} on the {config.data.name} test images, {checkpoint}")
-    names = [name for name in next(iter(scores.values())) if not name.startswith("ema_")]
-    names.sort(key=lambda name: not name.endswith("loss"))
-    for column in ["resolution", "rate", "images", *map(plots.score_title, names)]:
-        table.add_column(column, justify="right")
-    for resolution, score in scores.items():
-        for prefix, of in {"": "", "ema_": ", averaged"}.items():
-            if f"{prefix}loss" in score:
-                values = ((name, score[prefix + name]) for name in names)
-                table.add_row(
-                    f"{resolution} x {resolution}"
-                    + (" (training)" if resolution == experiment.resolution else "")
-                    + of,
-                    f"{experiment.dataset.resolution / resolution:g}",
-                    f"{len(experiment.dataset.splits['test']):,}",
-                    *(f"{value:.4f}" if name.endswith("loss") else f"{value:.2%}" for name, value in values),
-                )
+    table = experiment.problem.table(scores, experiment.resolution)
+    table.title = f"{config.model.name} on the {config.data.name} test images, {checkpoint}"
     Console().print(table)
 
 
@@ -62,15 +43,9 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
     if jax.process_index() == 0:
         step = int(state.step)
         print_table(experiment, scores, checkpoint=f"best checkpoint by {experiment.best_by}, step {step}")
-        score = experiment.best_by.removeprefix("val/")
         pictures = {
             "training_curves": plots.training_curves(read_metrics(workdir)),
-            "accuracy_by_resolution": plots.accuracy_by_resolution(
-                {resolution: of[score] for resolution, of in scores.items()},
-                trained_at=experiment.resolution,
-                name=score,
-            ),
-            **_predictions(experiment, evaluations[experiment.resolution]),
+            **experiment.problem.leave("test", evaluations, experiment.resolution, workdir),
             **_kernels(experiment, state),
         }
         save_pictures(pictures, workdir / "pictures")
@@ -86,26 +61,6 @@ def save_pictures(pictures: Mapping[str, Figure], folder: epath.Path) -> None:
     for name, figure in pictures.items():
         with (folder / f"{name}.png").open("wb") as file:
             figure.savefig(file, dpi=150)
-
-
-def _predictions(experiment: Experiment, evaluation: Evaluation, *, count: int = 32) -> dict[str, Figure]:
-    """Drawn from all over the test set: wrong predictions first, as far as they fill half of the sheet, then others."""
-    if experiment.dataset.multi_label:
-        return {}
-    test, labels, read = experiment.dataset.splits["test"], evaluation.labels, evaluation.mask
-    predictions = evaluation.logits.argmax(-1)
-    order = np.random.default_rng(0).permutation(len(test))  # a folder has one class after another
-    order = order[read[order]]
-    wrong = order[predictions[order] != labels[order]][: count // 2]
-    shown = [*wrong, *order[~np.isin(order, wrong)][: count - len(wrong)]]
-    images = np.stack([experiment.eval_transform(test[int(i)])["image"] for i in shown])
-    if experiment.dataset.frames is not None:
-        images = images[:, images.shape[1] // 2]
-    title = f"{np.sum((predictions != labels)[read])} of {np.sum(read)} test images are misclassified, shown first"
-    sheet = plots.prediction_sheet(
-        images, labels[shown], predictions[shown], experiment.dataset.class_names, title=title
-    )
-    return {"predictions": sheet}
 
 
 def _kernels(experiment: Experiment, state: TrainState, *, count: int = 32) -> dict[str, Figure]:

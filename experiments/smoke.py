@@ -31,6 +31,20 @@ _SIZES: dict[str, dict[str, Any]] = {
 }
 """Arguments of the networks whose names match a pattern."""
 
+_DETECTORS: dict[str, dict[str, Any]] = {
+    "*": {"fpn": {"out_channels": 32}},
+    "mask_rcnn*": {"mask": {"widths": (8, 8), "width": 8}},
+    "retinanet*": {"candidates": 50, "score_threshold": 0.0, "detections": 20},
+    "*_rcnn*": {
+        "rpn": {"candidates": 50, "proposals": 50, "train_candidates": 50, "train_proposals": 50, "samples": 32},
+        "box": {"samples": 32, "score_threshold": 0.0, "detections": 20},
+    },
+}
+"""Arguments of detectors whose names match a pattern. So early, nothing would be above a threshold."""
+
+_SIDES = (96, 128)
+"""Of a detector's images, which are large otherwise."""
+
 
 def cut(config: Config, devices: int) -> Config:
     """The config of a run on `devices` with the same constructors and options, of which little else is left.
@@ -52,6 +66,7 @@ def cut(config: Config, devices: int) -> Config:
         log_every_steps=1,
     )
     cut.stages.epochs = (1.0,) * stages
+    cut.data.sides = _SIDES
     cut.augment.mix_group = rows
     cut.eval.update(batch_size=rows, every_epochs=cut.epochs)
     share = cut.epochs / config.epochs
@@ -71,10 +86,16 @@ def kinds(recipes: Mapping[str, Config]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, config in recipes.items():
         values = cut(config, 1).to_dict()
-        arguments = values.pop("model")
-        make, defaults = models._MODELS[arguments.pop("name")]
-        found.setdefault(repr((make, _essence({**values, **defaults, **arguments}))), []).append(name)
+        found.setdefault(repr((_constructed(values.pop("model")), _essence(values))), []).append(name)
     return {names[0]: names for names in found.values()}
+
+
+def _constructed(model: dict[str, Any]) -> Any:
+    """What makes a network, and with what, but for real numbers."""
+    if "backbone" in model:
+        return {**_essence(model), "backbone": _constructed(model["backbone"])}
+    make, defaults = models._MODELS[model["name"]]
+    return make, _essence({**defaults, **{name: value for name, value in model.items() if name != "name"}})
 
 
 def _essence(value: Any) -> Any:
@@ -96,15 +117,19 @@ def shorten(dataset: Dataset, config: Config) -> Dataset:
 
 def _cut_model(model: dict[str, Any]) -> dict[str, Any]:
     """A network's arguments with other sizes."""
-    sizes = {
-        argument: value
-        for pattern, arguments in _SIZES.items()
-        if fnmatch.fnmatch(model["name"], pattern)
-        for argument, value in arguments.items()
-    }
+    if "backbone" in model:
+        sizes = _arguments(_DETECTORS, model["name"])
+        return {**model, **sizes, "backbone": _cut_model(model["backbone"])}
+    sizes = _arguments(_SIZES, model["name"])
     if "s4nd" in model["name"]:
         sizes["mixer"] = {**model.get("mixer", {}), "d_state": 8}
     return model | sizes
+
+
+def _arguments(of: Mapping[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """Those of all patterns that a name matches."""
+    matching = (arguments for pattern, arguments in of.items() if fnmatch.fnmatch(name, pattern))
+    return {argument: value for arguments in matching for argument, value in arguments.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,3 +152,17 @@ class _First:
     def groups(self) -> np.ndarray | None:
         groups = getattr(self.source, "groups", None)
         return None if groups is None else np.resize(groups, self.count)
+
+    # Of objects, see `ssm_jax.data.coco.Images`.
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return np.resize(self.source.sizes, (self.count, 2))  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        return self.source.category_ids  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def annotations(self) -> dict[str, Any]:
+        return self.source.annotations  # pyright: ignore[reportAttributeAccessIssue]

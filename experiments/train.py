@@ -20,6 +20,7 @@ from experiments.command import config_flag, run_command
 from experiments.config import Config, check_alike, check_workdir, claim_workdir
 from experiments.experiment import Experiment, Interrupted, build
 from experiments.observe import MakeWriter, Steps, check_profile, find_writer, parse_profile
+from experiments.problem import Scores
 from experiments.processes import Stopping, training
 from experiments.record import recorded
 from ssm_jax.training.checkpoints import Checkpoints, absolute
@@ -36,7 +37,7 @@ workdir_flag = flags.DEFINE_string(
 
 def train(
     config: Config, workdir: epath.PathLike, *, profile: Steps | None = None, writers: Sequence[MakeWriter] = ()
-) -> report.Scores:
+) -> Scores:
     """Trains from the workdir's last checkpoint, if any, and scores the best checkpoint on the test images.
 
     `profile` and `writers` are of this start, see `experiments.observe`.
@@ -92,7 +93,7 @@ def _fit(
         Trace(workdir / "profile", *(traced or (0, 0))) as trace,
     ):
         parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(state.params))
-        sizes = ", then ".join(f"{stage.resolution} x {stage.resolution}" for stage in experiment.stages)
+        sizes = ", then ".join(experiment.problem.size(stage.resolution) for stage in experiment.stages)
         progress.print(
             f"{config.model.name} with {parameters:,} parameters on {config.data.name} at {sizes}, "
             f"{experiment.total_steps:,} steps of {config.batch_size} images on "

@@ -1,6 +1,7 @@
 """Weights of a file, or of another run, as the start of a run."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -31,6 +32,35 @@ def start_from_weights(config: Config, model: nnx.Module, arguments: Mapping[str
     `arguments` are those that `ssm_jax.create_model` made the model with, but for `rngs`. A classifier of another
     number of classes stays as it is. Raises ConfigError if there are no such weights, or they do not fit.
     """
+    with _weights(config) as (path, state, of_run):
+        over_video = any(np.ndim(value) == 5 for value in state.values())  # kernels of convolutions
+        inflating = config.model.name in _OVER_IMAGES and not over_video
+        network = _over_images(config, arguments) if inflating else model
+        _load(network, _as_in_a_file(network, state) if of_run else state, path)
+        if inflating:
+            inflate(network, model)  # pyright: ignore[reportArgumentType]
+
+
+def start_detector_from_weights(config: Config, detector: Any) -> None:
+    """Gives a detector the weights of `config.weights`, in place: all of a detector's, or its backbone a classifier's.
+
+    They are a file's or a run's, as in `start_from_weights`. Raises ConfigError if there are none, or they do not fit.
+    """
+    with _weights(config) as (_, state, of_run):
+        if any(name.startswith("backbone.") for name in state):
+            load_torch(detector, _as_in_a_file(detector, state) if of_run else state)
+        elif of_run:
+            backbone = detector.backbone
+            of_classifier = {".".join(map(str, path)) for path in backbone.removed}
+            kept = {name: value for name, value in state.items() if name not in of_classifier}
+            load_torch(backbone.network, _as_in_a_file(backbone.network, kept))
+        else:
+            load_torch(detector.backbone, state)
+
+
+@contextlib.contextmanager
+def _weights(config: Config) -> Iterator[tuple[epath.Path, Mapping[str, Any], bool]]:
+    """Where `config.weights` are, the arrays by name, and whether a run's; ValueErrors become ConfigErrors about it."""
     path = epath.Path(config.weights).expanduser()
     found = find_checkpoint(path)
     if found is None and not path.is_file():
@@ -39,13 +69,7 @@ def start_from_weights(config: Config, model: nnx.Module, arguments: Mapping[str
             f"{config.weights}, which is none."
         )
     try:
-        state = read_state(path) if found is None else _of_run(*found)
-        over_video = any(np.ndim(value) == 5 for value in state.values())  # kernels of convolutions
-        inflating = config.model.name in _OVER_IMAGES and not over_video
-        network = _over_images(config, arguments) if inflating else model
-        _load(network, state if found is None else _as_in_a_file(network, state), path)
-        if inflating:
-            inflate(network, model)  # pyright: ignore[reportArgumentType]
+        yield path, read_state(path) if found is None else _of_run(*found), found is not None
     except ValueError as error:
         raise ConfigError(f"config.weights={config.weights}: {error}") from error
 

@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
                 "fold": 1,  # of hmdb51, as are the next two
                 "frames": 30,  # of a clip
                 "seconds": 2.0,  # that a clip lasts
+                "bad_annotations": "skip",  # of coco: leave them out, and say how many; or "refuse" the dataset
+                "sides": (800, 1333),  # of a detector's images: the shorter one, if the longer is at most the second
+                "max_objects": 100,  # of an image that a detector is trained on
                 "workers": 0,  # processes that read the data; 0: threads of the one that trains
                 "max_broken": 0.01,  # share of the examples that may be unreadable; others take their places
             },
@@ -57,6 +60,7 @@ def get_config() -> ConfigDict:
                 "ssm_lr": 1e-3,  # for dt, A, B and P of state spaces
                 "ssm_c_lr": config_dict.placeholder(float),  # for C; None: lr
                 "weight_decay": 0.0,
+                "frozen": (),  # names of parameters, or modules, that stay as they are: ("backbone.network.stages.0",)
                 "decay_rule": "weights",  # what decays: weights, matrices (timm's rule) or all
                 "warmup_epochs": 0.0,
                 "warmup_lr": 0.0,  # at the first step

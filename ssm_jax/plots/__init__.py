@@ -3,6 +3,8 @@
 from ssm_jax.plots.depth import by_layer as by_layer
 from ssm_jax.plots.depth import contributions as contributions
 from ssm_jax.plots.depth import read_maps as read_maps
+from ssm_jax.plots.detections import Drawn as Drawn
+from ssm_jax.plots.detections import detection_sheet as detection_sheet
 from ssm_jax.plots.kernels import kernel_lines as kernel_lines
 from ssm_jax.plots.kernels import kernel_sheet as kernel_sheet
 from ssm_jax.plots.kernels import outer_products as outer_products

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ssm_jax.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, legend_below
+from ssm_jax.training.scores import is_detail
 
 Rows = Sequence[Mapping[str, Any]]
 """Those of metrics.jsonl."""
@@ -81,9 +82,11 @@ def curves(rows: Rows) -> dict[str, Figure]:
 
 
 def _scores(rows: Rows) -> list[str]:
-    """Names of the scores of validation, loss and accuracy first."""
-    found = (key.removeprefix("val/").removeprefix("ema_") for row in rows for key in row if key.startswith("val/"))
-    return list(dict.fromkeys(["loss", "accuracy", *found]))
+    """Names of what training and validation are scored by, loss and accuracy first, but for details."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    known = (name for name in ("loss", "accuracy") if f"train/{name}" in keys)
+    found = (key.removeprefix("val/").removeprefix("ema_") for key in keys if key.startswith("val/"))
+    return [name for name in dict.fromkeys([*known, *found]) if not is_detail(name)]
 
 
 def _draw_score(axes: Axes, rows: Rows, name: str) -> None:

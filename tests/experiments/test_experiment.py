@@ -78,7 +78,8 @@ def test_evaluation_is_exact_for_any_batch_size(experiment, tiny_config, batch_s
     other = build(tiny_config(**{"eval.batch_size": batch_size}))
     with jax.set_mesh(experiment.mesh):
         state = experiment.init()
-        scores, logits, *_ = other.evaluate(state, "test", 8)
+        scores, rows = other.evaluate(state, "test", 8)
+    logits = rows["logits"]
     test = experiment.dataset.splits["test"]
     labels = np.array([example["label"] for example in test])
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -144,10 +145,10 @@ def test_groups_of_parameters_follow_the_config(tiny_config):
 
 
 def test_the_task_is_the_datasets_with_the_configs_smoothing(experiment, tiny_config):
-    smooth = build(tiny_config(label_smoothing=0.1, double_label_smoothing=True)).task
+    smooth = build(tiny_config(label_smoothing=0.1, double_label_smoothing=True)).problem.task
     assert smooth == Classification(10, label_smoothing=0.1, double_label_smoothing=True)
     labelled = dataclasses.replace(experiment, dataset=dataclasses.replace(experiment.dataset, multi_label=True))
-    assert labelled.task == MultiLabel(10)
+    assert labelled.problem.task == MultiLabel(10)
 
 
 def test_training_reads_from_its_step_on_and_repeats_examples(tiny_config):

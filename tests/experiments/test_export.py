@@ -50,7 +50,7 @@ def scored(finished):
 
     def at(resolution):
         with jax.set_mesh(experiment.mesh):
-            return experiment.evaluate(state, "test", resolution).logits
+            return experiment.evaluate(state, "test", resolution).rows["logits"]
 
     return at, experiment.dataset.splits["test"].images
 

@@ -42,8 +42,8 @@ def test_every_family_trains(folder, family):
             state, metrics = step(state, experiment.put(next(batches)))
             losses.append(float(metrics["loss"]))
         if family == "resnet":  # with running statistics
-            scores, logits, *_ = experiment.evaluate(state, "test", experiment.resolution)
-            assert logits.shape == (8, 2)
+            scores, rows = experiment.evaluate(state, "test", experiment.resolution)
+            assert rows["logits"].shape == (8, 2)
             assert np.isfinite(scores["loss"])
     assert np.isfinite(losses).all()
     assert losses[0] < 2.0  # of two classes, by a network that has not learned anything

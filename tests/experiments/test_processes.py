@@ -69,7 +69,7 @@ def odd_evaluations(config, checkpoint, devices=None):
     with jax.set_mesh(experiment.mesh), Checkpoints(checkpoint.parent, metric="val/accuracy") as checkpoints:
         state = checkpoints.restore(experiment.abstract_state, int(checkpoint.name))
         # So small a network says the same of nearly all images, were it not for what they have in common.
-        common = of_classes.evaluate(state, "prime", 8).logits.mean(0)
+        common = of_classes.evaluate(state, "prime", 8).rows["logits"].mean(0)
         head = state.params["head"]
         params = state.params | {"head": head | {"bias": head["bias"] - common}}
         state = dataclasses.replace(state, params=params)
@@ -116,9 +116,9 @@ def test_every_readable_example_counts_once(on_eight, finished):
         readable = np.arange(count)
         if split not in ("prime", "fewer than devices"):
             readable = np.setdiff1d(readable, BROKEN)
-        assert evaluation.logits.shape == (count, 10)
-        assert np.flatnonzero(evaluation.mask).tolist() == readable.tolist()
-        logits, wanted = evaluation.logits[readable], labels[readable]
+        assert evaluation.rows["logits"].shape == (count, 10)
+        assert np.flatnonzero(evaluation.rows["mask"]).tolist() == readable.tolist()
+        logits, wanted = evaluation.rows["logits"][readable], labels[readable]
         if split == "attributes":
             right = (logits >= 0) == (wanted[:, None] >> np.arange(10) & 1)
             assert evaluation.scores["accuracy"] == pytest.approx(np.mean(right), abs=1e-7)
