@@ -23,7 +23,7 @@ from ssm_jax.detection.boxes import clip, decode, encode
 from ssm_jax.detection.fpn import FPN, P6P7, ConvNorm, Pyramid, map_size
 from ssm_jax.detection.losses import giou_loss
 from ssm_jax.detection.matching import BETWEEN, match
-from ssm_jax.detection.selection import best_detections, best_of_maps, of_images
+from ssm_jax.detection.selection import best_detections, best_of_maps, of_images, of_maps
 from ssm_jax.detection.structures import Detections, Objects
 
 normal_init = jax.nn.initializers.normal(0.01)
@@ -74,6 +74,9 @@ class Head(nnx.Module):
 
     def __call__(self, pyramid: Pyramid) -> Float[Array, "b n outputs"]:
         """Outputs in float32 for all anchors, map after map, in the order (y, x, anchor)."""
+        return of_maps(Head._outputs, self, pyramid)
+
+    def _outputs(self, pyramid: Pyramid) -> Float[Array, "b n outputs"]:
         rows = []
         for x in pyramid:
             for conv in self.convs:

@@ -15,7 +15,7 @@ from ssm_jax.detection.fpn import ConvNorm, Pyramid, map_size
 from ssm_jax.detection.losses import smooth_l1
 from ssm_jax.detection.matching import BELOW, match, sample
 from ssm_jax.detection.nms import nms
-from ssm_jax.detection.selection import best_of_maps
+from ssm_jax.detection.selection import best_of_maps, of_maps
 
 SMALLEST = 1e-3
 """Width and height of a proposal in pixels, at least."""
@@ -81,6 +81,9 @@ class RPN(nnx.Module):
 
     def __call__(self, pyramid: Pyramid) -> tuple[Float[Array, "b n"], Float[Array, "b n 4"]]:
         """Logits and deltas in float32 for all anchors, map after map, in the order (y, x, anchor)."""
+        return of_maps(RPN._outputs, self, pyramid)
+
+    def _outputs(self, pyramid: Pyramid) -> tuple[Float[Array, "b n"], Float[Array, "b n 4"]]:
         logits, deltas = [], []
         for x in pyramid:
             for conv in self.convs:

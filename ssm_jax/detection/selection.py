@@ -1,10 +1,11 @@
-"""Choosing from what heads say of anchors and proposals, image by image, with results of fixed size."""
+"""What heads say of anchors and proposals, and choosing from it, image by image, with results of fixed size."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ssm_jax.detection.nms import nms
@@ -16,6 +17,17 @@ def of_images(function: Callable[..., Any], images: tuple[Any, ...], *shared: An
     """`function(*image, *shared)` of each image of a batch, on the device that has it."""
     run = jax.vmap(lambda image, *shared: function(*image, *shared), in_axes=(0, *[None] * len(shared)))
     return batch_local(run)(images, *shared)
+
+
+def of_maps(function: Callable[[Any, Sequence[Array]], Any], head: nnx.Module, maps: Sequence[Array]) -> Any:
+    """`function(head, maps)` of each device's part of a batch.
+
+    What devices then sum is the gradient of the head's parameters. It would be that of each map else, five times as
+    much.
+    """
+    graphdef, state = nnx.split(head)
+    run = lambda maps, state: function(nnx.merge(graphdef, state), maps)  # noqa: E731
+    return batch_local(run)(tuple(maps), state)
 
 
 def best_of_maps(
