@@ -1,7 +1,6 @@
 """Telling classes, one or several, of images or videos."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,11 +42,11 @@ class ClassificationProblem:
     def score(self) -> str:  # noqa: D102
         return _SCORES.get(self.config.data.name, "accuracy")
 
-    @functools.cached_property
+    @property
     def train_transform(self) -> Callable[..., dict[str, Any]]:  # noqa: D102
         return recipe.train_transform(self.dataset, self.config.data, self.config.augment)
 
-    @functools.cached_property
+    @property
     def eval_transform(self) -> Callable[..., dict[str, Any]]:  # noqa: D102
         return recipe.eval_transform(self.dataset, self.config.data, self.config.eval)
 

@@ -1,7 +1,6 @@
 """Finding objects in images: boxes with classes, and masks where the network has a head for them."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -91,14 +90,14 @@ class DetectionProblem:
     def score(self) -> str:  # noqa: D102
         return "bbox_AP"
 
-    @functools.cached_property
+    @property
     def train_transform(self) -> Callable[..., dict[str, Any]]:  # noqa: D102
         data = self.config.data
         return DetectionAugment(
             sides=tuple(data.sides), flip=self.config.augment.flip, max_objects=data.max_objects, masks=self._masks
         )
 
-    @functools.cached_property
+    @property
     def eval_transform(self) -> Callable[..., dict[str, Any]]:  # noqa: D102
         return DetectionInput(sides=tuple(self.config.data.sides))
 
@@ -185,7 +184,7 @@ class DetectionProblem:
 
     def _picture(self, split: str, results: Sequence[coco.Result]) -> Figure:
         """Images from all over a split, with their objects and what was found of which the network is sure."""
-        source = self.dataset.splits[split]
+        source: Any = self.dataset.splits[split]
         shown = np.random.default_rng(0).permutation(len(source))[:_SHOWN]
         images, truth, found = [], [], []
         for example in (source[int(i)] for i in shown):
@@ -225,13 +224,11 @@ class _Tally:
         self._results: dict[int, list[dict[str, Any]]] = {}
 
     def add(self, rows: Rows) -> None:
-        rows = {name: values[rows["mask"]] for name, values in rows.items()}
-        found = Detections(**{name: rows[name] for name in Detections._fields if name in rows})
-        for i, image_id in enumerate(rows["image_id"].tolist()):
-            one = Detections(*(None if values is None else values[i : i + 1] for values in found))
-            sizes = (rows[name][i : i + 1] for name in ("size", "original_size"))
-            self._results[image_id] = coco.coco_results(
-                one, rows["image_id"][i : i + 1], *sizes, self._source.category_ids
+        for i in np.flatnonzero(rows["mask"]):
+            row: dict[str, Any] = {name: values[i : i + 1] for name, values in rows.items()}
+            found = Detections(**{name: row[name] for name in Detections._fields if name in row})
+            self._results[int(rows["image_id"][i])] = coco.coco_results(
+                found, row["image_id"], row["size"], row["original_size"], self._source.category_ids
             )
 
     def evaluation(self) -> Evaluation:

@@ -135,7 +135,9 @@ class Images:
         return {**content, "images": [i for i in content["images"] if i["id"] in ids], "annotations": of_these}
 
 
-def coco(dir: str | None = None, image_size: int | None = None, *, bad_annotations: str = "skip") -> Dataset:
+def coco(
+    dir: str | None = None, image_size: int | None = None, *, bad_annotations: str = "skip", max_broken: float = 0.01
+) -> Dataset:
     """COCO 2017 as it is unpacked: annotations/instances_{train,val}2017.json, train2017/ and val2017/.
 
     The labels are those of multi-label classification: the categories in an image. The test images are val's too, as
@@ -152,6 +154,8 @@ def coco(dir: str | None = None, image_size: int | None = None, *, bad_annotatio
             all their objects, and says so in one warning for each file; "refuse" raises. The default is "skip" as COCO
             2017 itself has two such annotations, 918 and 2206849, whose boxes have no height: torchvision and
             mmdetection leave them out, too.
+        max_broken: share of a split's images that may be without a file if these are skipped: with more of them
+            missing, a folder is not yet all there.
 
     Raises:
         ValueError: beginning with the argument's name, for files that are missing, cut off or of another kind, and for
@@ -168,7 +172,7 @@ def coco(dir: str | None = None, image_size: int | None = None, *, bad_annotatio
             "train2017.zip and val2017.zip of https://cocodataset.org/#download."
         )
     with _uncollected():
-        (train, names), (val, val_names) = (_open(root, split, bad_annotations) for split in ("train", "val"))
+        (train, names), (val, val_names) = (_open(root, split, bad_annotations, max_broken) for split in ("train", "val"))
     if (names, train.category_ids) != (val_names, val.category_ids):
         raise ValueError(
             f"dir has other categories in instances_val2017.json than in instances_train2017.json: {root}."
@@ -180,7 +184,9 @@ def _parts(split: str) -> tuple[tuple[str, str], ...]:
     return ("annotations", f"instances_{split}2017.json"), ("", f"{split}2017")
 
 
-def _open(root: epath.Path, split: str, bad_annotations: str) -> tuple[Images, tuple[str, ...]]:
+def _open(
+    root: epath.Path, split: str, bad_annotations: str, max_broken: float
+) -> tuple[Images, tuple[str, ...]]:
     """One split, and the names of its categories."""
     file, folder = (root / part / name for part, name in _parts(split))
     try:
@@ -211,6 +217,11 @@ def _open(root: epath.Path, split: str, bad_annotations: str) -> tuple[Images, t
         if bad_annotations == "refuse":
             raise ValueError(
                 f"dir has a {file} with bad annotations: {found}. config.data.bad_annotations='skip' leaves them out."
+            )
+        if (missing := np.count_nonzero(~present)) > max_broken * len(ids):
+            raise ValueError(
+                f"max_broken must be at least {missing} / {len(ids)} to do without the {missing} of {len(ids)} images "
+                f"of {file.name} that are not in {folder}, such as {files[~present][0]}; got {max_broken}."
             )
         logging.warning("%s has bad annotations, which are left out: %s.", file, found)
     left_out = frozenset(np.flatnonzero(bad).tolist())

@@ -294,7 +294,8 @@ def load_dataset(
         image_size: base resolution of the model's input, for images that have no one small size.
         files: False for a dataset that needs none: it has the shapes and numbers of its `outline`, and examples that
             cannot be read.
-        options: keyword arguments that only some have: of `hmdb51`, `fold`, `frames` and `seconds`.
+        options: keyword arguments that only some have: of `hmdb51`, `fold`, `frames` and `seconds`; of `coco`,
+            `bad_annotations` and `max_broken`.
 
     Raises:
         ValueError: if there is none of that name, it has no such option or its files are missing.

@@ -22,7 +22,7 @@ def load(data: Options, *, files: bool = True) -> Dataset:
     """Opens the dataset, or describes it without its files, see `load_dataset`."""
     options = {
         "hmdb51": {"fold": data.fold, "frames": data.frames, "seconds": data.seconds},
-        "coco": {"bad_annotations": data.bad_annotations},
+        "coco": {"bad_annotations": data.bad_annotations, "max_broken": data.max_broken},
     }.get(data.name, {})
     return load_dataset(data.name, data.dir or None, image_size=data.image_size, files=files, **options)
 

@@ -82,9 +82,8 @@ def coco_results(
             )
         ]
         if detections.masks is not None:
-            for result, (rows, columns, part) in zip(
-                found, _parts(detections.masks[i][valid], boxes, size), strict=True
-            ):
+            parts = _parts(np.asarray(detections.masks[i][valid]), boxes, size)
+            for result, (rows, columns, part) in zip(found, parts, strict=True):
                 inside = np.zeros(size, bool, order="F")
                 inside[rows, columns] = part > 0.5
                 result["segmentation"] = encode_mask(inside)
@@ -132,7 +131,7 @@ def encode_mask(mask: Bool[np.ndarray, "h w"]) -> dict[str, Any]:
     """A mask over an image as COCO's compressed run-length mask, of plain types."""
     from pycocotools.mask import encode
 
-    encoded = encode(np.asfortranarray(mask).view(np.uint8))
+    encoded: Any = encode(np.asfortranarray(mask).view(np.uint8))
     return {"size": [*mask.shape], "counts": encoded["counts"].decode()}
 
 
@@ -140,9 +139,9 @@ def decode_mask(segmentation: Any, size: tuple[int, int]) -> Bool[np.ndarray, "h
     """The mask over an image of `size`, height and width, of polygons or of a run-length mask, compressed or not."""
     from pycocotools.mask import decode, frPyObjects, merge
 
-    encoded = segmentation
-    if not (isinstance(segmentation, Mapping) and isinstance(segmentation["counts"], str | bytes)):
-        encoded = frPyObjects(segmentation, *size)
+    encoded: Any = segmentation
+    if isinstance(segmentation, list) or not isinstance(segmentation["counts"], str | bytes):
+        encoded = frPyObjects(encoded, *size)
     with warnings.catch_warnings():  # numpy's, of how arrays are to be copied
         warnings.simplefilter("ignore", DeprecationWarning)
         return decode(merge(encoded) if isinstance(encoded, list) else encoded).astype(bool)
@@ -259,33 +258,33 @@ def _some(values: Iterable[Any]) -> str:
     return ", ".join(map(repr, values[:3])) + (f" and {len(values) - 3} more" if len(values) > 3 else "")
 
 
-def _evaluate(truth: Mapping[str, Any], results: Sequence[Result], kind: str) -> tuple[np.ndarray, np.ndarray]:
+def _evaluate(truth: Mapping[str, Any], results: Sequence[Result], kind: Any) -> tuple[np.ndarray, np.ndarray]:
     """The twelve numbers, and the precision of each category by IoU threshold and recall, (categories, 10, 101)."""
-    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
     from pycocotools.mask import area
 
-    field = FIELDS[kind]
-    fields = ("image_id", "category_id", "score", field)
+    fields = ("image_id", "category_id", "score", FIELDS[kind])
     found = [{name: result[name] for name in fields} for result in results]
     for one in found:
         one["area"] = one["bbox"][2] * one["bbox"][3] if kind == "bbox" else float(area(one["segmentation"]))
-    sides = []
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does, and the numbers
-        for objects in truth["annotations"], found:
-            side = COCO()
-            # It writes into annotations, and takes an id of 0 for no match.
-            numbered = [{**one, "id": number} for number, one in enumerate(objects, start=1)]
-            side.dataset = {**truth, "annotations": numbered}
-            side.createIndex()
-            sides.append(side)
-        evaluation = COCOeval(*sides, kind)
+        evaluation = COCOeval(_indexed(truth, truth["annotations"]), _indexed(truth, found), kind)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     # (thresholds, recalls, categories, areas, counts of detections): of all areas, with 100 detections
     precision = evaluation.eval["precision"][:, :, :, 0, -1]
     return evaluation.stats, np.moveaxis(precision, -1, 0)
+
+
+def _indexed(truth: Mapping[str, Any], objects: Sequence[Mapping[str, Any]]) -> Any:
+    """Objects as pycocotools takes them: it writes into their dicts, and takes an id of 0 for no match."""
+    from pycocotools.coco import COCO
+
+    side: Any = COCO()
+    side.dataset = {**truth, "annotations": [{**one, "id": i} for i, one in enumerate(objects, start=1)]}
+    side.createIndex()
+    return side
 
 
 def score_table(scores: Mapping[str, float]) -> Table:

@@ -19,7 +19,7 @@ def of_images(function: Callable[..., Any], images: tuple[Any, ...], *shared: An
     return batch_local(run)(images, *shared)
 
 
-def of_maps(function: Callable[[Any, Sequence[Array]], Any], head: nnx.Module, maps: Sequence[Array]) -> Any:
+def of_maps(function: Callable[[Any, Any], Any], head: nnx.Module, maps: Sequence[Array]) -> Any:
     """`function(head, maps)` of each device's part of a batch.
 
     What devices then sum is the gradient of the head's parameters. It would be that of each map else, five times as

@@ -224,13 +224,21 @@ def test_images_without_a_file_are_left_out_with_their_objects_or_refused(folder
         (folder / "val2017" / name).unlink()
     found = f"2 of 3 images not in {folder}/val2017 (000000000008.jpg, 000000000070.jpg)"
     path = f"{folder}/annotations/instances_val2017.json"
-    splits = load_dataset("coco", str(folder)).splits
+    splits = load_dataset("coco", str(folder), max_broken=0.7).splits
     assert_same_examples(splits["val"], [splits["train"][2]])
     assert [image["id"] for image in splits["val"].annotations["images"]] == [300]
     assert warnings() == [f"{path} has bad annotations, which are left out: {found}."]
     with pytest.raises(ValueError, match=r"^dir has a ") as error:
         load_dataset("coco", str(folder), bad_annotations="refuse")
     assert f"dir has a {path} with bad annotations: {found}. config.data.bad_annotations='skip' l" in str(error.value)
+
+
+def test_a_folder_that_lacks_more_images_than_may_be_broken_is_refused(folder, warnings):
+    (folder / "val2017" / "000000000008.jpg").unlink()
+    message = r"^max_broken must be at least 1 / 3 to do without the 1 of 3 images .*000000000008\.jpg; got 0\.01\.$"
+    with pytest.raises(ValueError, match=message):
+        load_dataset("coco", str(folder))
+    assert warnings() == []
 
 
 def test_a_folder_without_any_of_the_images_is_always_refused(folder):

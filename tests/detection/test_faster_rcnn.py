@@ -152,7 +152,8 @@ def test_losses_and_gradients_of_eight_devices_are_those_of_one_and_only_sums_ar
     ((value, _), gradients), exchanged = divided(f, make_mesh({"data": 8}), params, (images, sizes, objects))
     assert {collective.kind for collective in exchanged} == {"all-reduce"}
     summed = sum(collective.count * collective.bytes for collective in exchanged)
-    assert summed < 4 * sum(leaf.size for leaf in jax.tree.leaves(params)) + 200  # and the sums of which losses are made
+    of_losses = 200
+    assert summed < 4 * sum(leaf.size for leaf in jax.tree.leaves(params)) + of_losses
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         assert_close(np.asarray(ours), np.asarray(theirs), 1e-4)
