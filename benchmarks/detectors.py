@@ -6,8 +6,9 @@ r"""What detectors cost: inference and training steps against torchvision's in P
 ResNet-50 with FPN, 80 classes, float32, both with the same weights, on images of noise of one size with 10 objects
 each: detection, and the gradients of the losses by all parameters but those of the stem and the first stage. They are
 called in turns, after a check that both detect the same. PyTorch runs eagerly, its images `channels_last`. Classes are
-made unequally likely, so that there is something to suppress: weights at random give all the same score. Writes
-detectors.json into `--out`.
+made unequally likely, so that there is something to suppress: weights at random give all the same score. "positive" are
+the proposals for which torchvision computes masks in training, where ours has the most there may be, 128 an image.
+Writes detectors.json into `--out`.
 """
 
 import functools
@@ -32,9 +33,9 @@ from ssm_jax.pretrained import load_torch
 from ssm_jax.training.optimizer import freeze, param_groups
 
 NAMES = {
-    "retinanet": "retinanet_resnet50_fpn",
-    "faster_rcnn": "fasterrcnn_resnet50_fpn",
-    "mask_rcnn": "maskrcnn_resnet50_fpn",
+    "retinanet": "RetinaNet",
+    "faster_rcnn": "FasterRCNN",
+    "mask_rcnn": "MaskRCNN",
 }
 """Those of torchvision."""
 
@@ -76,27 +77,26 @@ def scene(rng: np.random.Generator, batch: int, height: int, width: int) -> Scen
 def torch_detector(name: str, sides: tuple[int, int]) -> Any:
     """torchvision's, with weights at random that tell classes apart."""
     import torch
-    import torchvision
+    from torchvision.models import detection
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+    from torchvision.ops import FrozenBatchNorm2d
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
     torch.manual_seed(0)
-    number = CLASSES if name == "retinanet" else CLASSES + 1
-    make = getattr(torchvision.models.detection, NAMES[name])
-    model = make(
-        weights=None,
-        weights_backbone=None,
-        num_classes=number,
-        trainable_backbone_layers=3,
-        min_size=min(sides),
-        max_size=max(sides),
+    maps = {"returned_layers": [2, 3, 4], "extra_blocks": LastLevelP6P7(256, 256)} if name == "retinanet" else {}
+    backbone = resnet_fpn_backbone(
+        backbone_name="resnet50", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3, **maps
     )
+    number = CLASSES if name == "retinanet" else CLASSES + 1
+    model = getattr(detection, NAMES[name])(backbone, number, min_size=min(sides), max_size=max(sides))
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if "cls_score.weight" in parameter_name or "classification_head.cls_logits.weight" in parameter_name:
+            if "cls_score.weight" in parameter_name:
+                parameter.mul_(100.0)
+            if "classification_head.cls_logits.weight" in parameter_name:
                 parameter.mul_(10.0)
             if "classification_head.conv" in parameter_name and "weight" in parameter_name:
                 parameter.mul_(3.0)  # the variance that keeps activations the same size from layer to layer
-            if "bn3" in parameter_name and "weight" in parameter_name:
-                parameter.mul_(0.3)
         for parameter_name, buffer in model.named_buffers():
             if parameter_name.endswith("bn3.weight"):
                 buffer.mul_(0.3)  # or activations grow from block to block
@@ -122,7 +122,7 @@ def torch_side(model: Any, data: Scene, *, masks: bool) -> Side:
         of_image = {"boxes": torch.from_numpy(data.boxes[i]), "labels": labels}
         return of_image | ({"masks": torch.from_numpy(data.masks[i])} if masks else {})
 
-    first = 0 if type(model).__name__ == "RetinaNet" else 1
+    first = 0 if type(model).__name__ == NAMES["retinanet"] else 1
     targets = [objects(i, first) for i in range(len(images))]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -132,9 +132,25 @@ def torch_side(model: Any, data: Scene, *, masks: bool) -> Side:
 
     def train() -> Any:
         losses = model.train()(images, targets)
-        return torch.autograd.grad(sum(losses.values()), trained, allow_unused=True)
+        return torch.autograd.grad(sum(losses.values()), trained)
 
     return Side(detect, train)
+
+
+def count_positive(model: Any, train: Callable[[], Any]) -> int:
+    """The proposals of a step of torchvision's R-CNNs that are to find an object: for so many it computes masks."""
+    counts = []
+    select = model.roi_heads.select_training_samples
+
+    def counted(*arguments: Any) -> Any:
+        samples = select(*arguments)
+        counts.append(sum(int((labels > 0).sum()) for labels in samples[2]))
+        return samples
+
+    model.roi_heads.select_training_samples = counted
+    train()
+    del model.roi_heads.select_training_samples
+    return counts[0]
 
 
 def jax_side(name: str, weights: dict[str, np.ndarray], data: Scene) -> Side:
@@ -198,7 +214,7 @@ def main(_: list[str]) -> None:
     height, width = map(int, SIDES.value)
     console = Console(width=120)
     table = Table(title=f"{BATCH.value} x {height} x {width}, ResNet-50-FPN; seconds of processor time, medians")
-    for column in ("detector", "", "ours", "torchvision", "theirs / ours", "detections", "compiled in, s"):
+    for column in ("detector", "", "ours", "torchvision", "theirs / ours", "detections", "positive", "compiled in, s"):
         table.add_column(column, justify="right")
     results: dict[str, Any] = {}
     for name in DETECTORS.value:
@@ -207,7 +223,8 @@ def main(_: list[str]) -> None:
         theirs = torch_side(model, data, masks=name == "mask_rcnn")
         ours = jax_side(name, {key: value.numpy() for key, value in model.state_dict().items()}, data)
         count = check_same(ours.detect(), theirs.detect())
-        results[name] = {"detections": count, "compile_seconds": ours.compile_seconds}
+        positive = 0 if name == "retinanet" else count_positive(model, theirs.train)
+        results[name] = {"detections": count, "positive": positive, "compile_seconds": ours.compile_seconds}
         for what in ("detect", "train"):
             functions = {"ours": getattr(ours, what), "theirs": getattr(theirs, what)}
             seconds = times(functions, rounds=ROUNDS.value, longest=120.0)
@@ -217,7 +234,7 @@ def main(_: list[str]) -> None:
             table.add_row(
                 *(name, what, f"{middle['ours']:.2f}", f"{middle['theirs']:.2f}"),
                 f"{middle['theirs'] / middle['ours']:.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
-                *(str(count), f"{ours.compile_seconds:.0f}"),
+                *(str(count), str(positive), f"{ours.compile_seconds:.0f}"),
             )
             console.print(name, what, middle, soft_wrap=True)
     out = Path(OUT.value)

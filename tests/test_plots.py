@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pytest
 from flax import nnx
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from ssm_jax import plots
@@ -413,3 +414,30 @@ def test_an_image_without_objects_is_drawn_alone():
     sheet = plots.detection_sheet([np.zeros((8, 8, 3), np.uint8)], {"": [objects([], [])]}, [])
     (axes,) = sheet.axes
     assert (len(axes.images), len(axes.patches), len(axes.texts)) == (1, 0, 0)
+
+
+def test_labels_are_in_the_image_and_do_not_hide_each_other():
+    """Of forty boxes all over an image and over its edges, those of the highest scores have theirs."""
+    rng = np.random.default_rng(0)
+    corners, sides = rng.uniform(-10, 210, (40, 2)), rng.uniform(4, 90, (40, 2))
+    scores = rng.uniform(size=40)
+    found = objects(np.concatenate([corners, corners + sides], axis=1), rng.integers(0, 3, 40), scores)
+    image = np.zeros((220, 300, 3), np.uint8)
+    sheet = plots.detection_sheet([image], {"": [found]}, ["dog", "traffic light", "cup"])
+    FigureCanvasAgg(sheet).draw()
+    (axes,) = sheet.axes
+    labels = np.array([text.get_bbox_patch().get_window_extent().extents for text in axes.texts])
+    whole = axes.get_window_extent().extents
+    assert len(labels) > 20
+    assert (labels[:, :2] >= whole[:2] - 1).all()
+    assert (labels[:, 2:] <= whole[2:] + 1).all()
+    common = np.minimum(labels[:, None, 2:], labels[None, :, 2:]) - np.maximum(labels[:, None, :2], labels[None, :, :2])
+    assert (np.clip(common, 0, None).min(-1) <= 1 + 1e3 * np.eye(len(labels))).all()  # a pixel of rounding
+    assert axes.texts[0].get_text().endswith(f"{scores.max():.2f}")
+
+
+def test_colors_of_eighty_classes_are_apart():
+    colors = np.array([plots.detections.class_color(number) for number in range(80)])
+    distances = np.linalg.norm(colors[:, None] - colors, axis=-1) + np.eye(80)
+    assert distances.min() > 0.1
+    assert distances[:10, :10].min() > 0.3

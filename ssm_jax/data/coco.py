@@ -172,7 +172,9 @@ def coco(
             "train2017.zip and val2017.zip of https://cocodataset.org/#download."
         )
     with _uncollected():
-        (train, names), (val, val_names) = (_open(root, split, bad_annotations, max_broken) for split in ("train", "val"))
+        (train, names), (val, val_names) = (
+            _open(root, split, bad_annotations, max_broken) for split in ("train", "val")
+        )
     if (names, train.category_ids) != (val_names, val.category_ids):
         raise ValueError(
             f"dir has other categories in instances_val2017.json than in instances_train2017.json: {root}."
@@ -184,9 +186,7 @@ def _parts(split: str) -> tuple[tuple[str, str], ...]:
     return ("annotations", f"instances_{split}2017.json"), ("", f"{split}2017")
 
 
-def _open(
-    root: epath.Path, split: str, bad_annotations: str, max_broken: float
-) -> tuple[Images, tuple[str, ...]]:
+def _open(root: epath.Path, split: str, bad_annotations: str, max_broken: float) -> tuple[Images, tuple[str, ...]]:
     """One split, and the names of its categories."""
     file, folder = (root / part / name for part, name in _parts(split))
     try:
