@@ -11,10 +11,9 @@ evaluation by pycocotools. Fails if box AP is not above 0.5 and mask AP above 0.
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import app, flags, logging
 
 from configs.s6la import coco_mask_rcnn_resnet50_s6la
-from experiments.command import run_command
 from experiments.train import train, workdir_flag
 
 DATA = flags.DEFINE_string("data", None, "A small COCO.", required=True)
@@ -39,8 +38,9 @@ def trained_alone(data: Path, folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
+def main(_: list[str]) -> None:
     """Trains, and fails if the scores are too low."""
+    logging.set_verbosity(logging.WARNING)
     config = coco_mask_rcnn_resnet50_s6la.get_config()
     epochs = EPOCHS.value
     with config.unlocked():
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    app.run(main)

@@ -41,8 +41,14 @@ def training_curves(rows: Rows) -> Figure:
     Averaged parameters, whose scores begin with `ema_`, have dots of their own.
     """
     names = _scores(rows)
-    figure = Figure(figsize=(4.5 * len(names), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+    columns = min(len(names), 4)
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.6 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, name in itertools.zip_longest(panels, names):
+        if name is None:
+            axes.remove()
+            continue
         _draw_score(axes, rows, name)
         axes.legend(frameon=False)
     return figure
