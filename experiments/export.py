@@ -29,6 +29,7 @@ from experiments.command import config_flag, run_command
 from experiments.config import Config, ConfigError, check_same_network, flatten
 from experiments.evaluate import CHECKPOINT, find, restore
 from experiments.experiment import Experiment, build
+from experiments.problem import is_detector
 from ssm_jax.data.resolution import normalize
 from ssm_jax.export import PLATFORMS, export_function, weights
 from ssm_jax.pretrained import save_safetensors
@@ -88,6 +89,10 @@ def export(
         raise ConfigError("--ema needs a run with averaged parameters, config.ema_decay > 0.")
     if resolution is not None and (as_file or resolution < 1):
         raise ConfigError(f"--resolution must be at least 1, and --out a folder, got {resolution} and {out}.")
+    if is_detector(config) and not as_file:
+        raise ConfigError(
+            f"--out must be FILE.safetensors for a detector: weights alone are written. Got {out}."
+        )
     folder, step = find(checkpoint)
     check_same_network(folder.parent, config)
     experiment = build(config)

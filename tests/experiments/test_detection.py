@@ -15,6 +15,7 @@ from configs.s4nd import digits
 from configs.s6la import coco_mask_rcnn_resnet50_s6la as recipe
 from configs.s6la import imagenet_resnet50_s6la
 from experiments.config import ConfigError
+from experiments.evaluate import evaluate as evaluate_checkpoint
 from experiments.experiment import build
 from experiments.export import export
 from experiments.train import train
@@ -176,6 +177,17 @@ def test_the_backbone_of_a_detector_starts_from_a_classifier(small, tmp_path):
 def test_what_a_detector_cannot_do_is_said_before_it_starts(small, fields, message):
     with pytest.raises(ConfigError, match=message):
         build(small(**fields))
+
+
+def test_of_a_detector_only_weights_are_exported(small, finished, tmp_path):
+    with pytest.raises(ConfigError, match=r"^--out must be FILE\.safetensors for a detector.*/folder\.$"):
+        export(small(), finished[0], tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_detector_is_evaluated_at_its_size(small, finished):
+    with pytest.raises(ConfigError, match=r"evaluated at the size of config\.data\.sides, got 64"):
+        evaluate_checkpoint(small(), finished[0], 64)
 
 
 def test_networks_that_tell_classes_need_nothing_of_detectors():
