@@ -90,9 +90,7 @@ def export(
     if resolution is not None and (as_file or resolution < 1):
         raise ConfigError(f"--resolution must be at least 1, and --out a folder, got {resolution} and {out}.")
     if is_detector(config) and not as_file:
-        raise ConfigError(
-            f"--out must be FILE.safetensors for a detector: weights alone are written. Got {out}."
-        )
+        raise ConfigError(f"--out must be FILE.safetensors for a detector: weights alone are written. Got {out}.")
     folder, step = find(checkpoint)
     check_same_network(folder.parent, config)
     experiment = build(config)
