@@ -169,7 +169,9 @@ class DetectionProblem:
         return _Tally(source, self._masks)
 
     def table(self, scores: Scores, resolution: int) -> Table:  # noqa: D102
-        return coco.score_table(scores[resolution])
+        table = coco.score_table(scores[resolution])
+        table.min_width = 60  # of the title, which would be broken into many lines
+        return table
 
     def leave(
         self, split: str, evaluations: Mapping[int, Evaluation], resolution: int, workdir: epath.Path
