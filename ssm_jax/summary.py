@@ -13,6 +13,8 @@ from flax import nnx
 from jax.extend import core
 from jax.typing import DTypeLike
 
+from ssm_jax.layers.conv import PRODUCTS
+
 
 class Part(NamedTuple):
     """One row: a part of a network, or all of it."""
@@ -175,6 +177,8 @@ def _multiply_adds(jaxpr: Any, name: str) -> Iterator[tuple[str, int]]:
         elif kind == "conv_general_dilated":
             out_axis = eqn.params["dimension_numbers"].rhs_spec[0]
             yield part, math.prod(out) * math.prod(shapes[1]) // shapes[1][out_axis]
+        elif kind == "mul" and str(eqn.source_info.name_stack).endswith(PRODUCTS):
+            yield part, math.prod(out)
         elif kind == "fft":
             size = math.prod(eqn.params["fft_lengths"])
             batch = math.prod(shapes[0][: len(shapes[0]) - len(eqn.params["fft_lengths"])])

@@ -1,5 +1,7 @@
 """Convolutions and averages of residual networks."""
 
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -25,6 +27,38 @@ class Pointwise(nnx.Conv):
         bias = None if self.bias is None else self.bias[...]
         x, kernel, bias = self.promote_dtype((x[:, ::rows, ::columns], self.kernel[0, 0], bias), dtype=self.dtype)
         y = x @ kernel
+        return y if bias is None else y + bias[None, None, None]
+
+
+PRODUCTS = "shifted_products"
+"""The scope of multiplications that are a convolution's, for `ssm_jax.summary`, which counts them."""
+
+
+class Depthwise(nnx.Conv):
+    """A depthwise k x k convolution of stride 1, same size; on CPUs as a sum of shifted products, which XLA fuses.
+
+    Of 3 x 3 taps, that takes a fourth to a tenth of the time of XLA's grouped convolution there, forward and backward:
+    `python -m benchmarks.backbones`.
+    """
+
+    def __init__(self, features: int, kernel_size: int, **options: Any):
+        """Builds it; `options` are those of `nnx.Conv`. Raises ValueError for an even `kernel_size`."""
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
+        super().__init__(features, features, (kernel_size, kernel_size), feature_group_count=features, **options)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Convolves."""
+        if target_backend() != "cpu":
+            return super().__call__(x)
+        bias = None if self.bias is None else self.bias[...]
+        x, kernel, bias = self.promote_dtype((x, self.kernel[...], bias), dtype=self.dtype)
+        (h, w), size = x.shape[1:3], len(kernel)
+        padded = jnp.pad(x, ((0, 0), (size // 2,) * 2, (size // 2,) * 2, (0, 0)))
+        places = itertools.product(range(size), repeat=2)
+        with jax.named_scope(PRODUCTS):
+            taps = [padded[:, i : i + h, j : j + w] * kernel[i, j, None, None] for i, j in places]
+        y = functools.reduce(jnp.add, taps)
         return y if bias is None else y + bias[None, None, None]
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from ssm_jax.layers.aggregation import Aggregation, Stage
 from ssm_jax.layers.channel_attention import ECA
-from ssm_jax.layers.conv import kaiming_normal
+from ssm_jax.layers.conv import Depthwise, kaiming_normal
 from ssm_jax.layers.drop_path import DropPath
 from ssm_jax.layers.linear import uniform_init
 from ssm_jax.layers.norm import BatchNorm, LayerNorm
@@ -34,17 +34,8 @@ class MRLACell(nnx.Module):
         self.before = None if residual else LayerNorm(channels, epsilon=1e-6, **dtypes, rngs=rngs)
         self.query = ECA(channels, kernel_size=kernel_size, **dtypes, rngs=rngs).conv
         self.key = ECA(channels, kernel_size=kernel_size, **dtypes, rngs=rngs).conv
-        self.value = nnx.Conv(
-            channels,
-            channels,
-            (3, 3),
-            padding=((1, 1), (1, 1)),
-            feature_group_count=channels,
-            use_bias=False,
-            kernel_init=kaiming_normal if residual else uniform_init(9),
-            **dtypes,
-            rngs=rngs,
-        )
+        init = kaiming_normal if residual else uniform_init(9)
+        self.value = Depthwise(channels, 3, use_bias=False, kernel_init=init, **dtypes, rngs=rngs)
         decay = jax.nn.initializers.normal(1.0)
         self.decay = nnx.Param(decay(rngs.params(), (channels,), dtypes["param_dtype"])) if decays else None
         self.after = BatchNorm(channels, **dtypes, rngs=rngs) if residual else None

@@ -9,6 +9,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ssm_jax.layers.conv import Depthwise
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import linear, uniform_init
 from ssm_jax.layers.norm import LayerNorm
@@ -29,14 +30,9 @@ class ConvMixer2D(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Builds both convolutions; raises ValueError for an even `kernel_size`."""
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}.")
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         init = uniform_init(kernel_size**2)
-        kernel = (kernel_size, kernel_size)
-        self.conv = nnx.Conv(
-            d_model, d_model, kernel, feature_group_count=d_model, kernel_init=init, bias_init=init, **dtypes, rngs=rngs
-        )
+        self.conv = Depthwise(d_model, kernel_size, kernel_init=init, bias_init=init, **dtypes, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, broadcast_dims=(1, 2))
         self.output = linear(d_model, d_model, **dtypes, rngs=rngs)
 

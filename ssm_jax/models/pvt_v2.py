@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ssm_jax.layers.aggregation import Aggregation, Stage, aggregate
+from ssm_jax.layers.conv import Depthwise
 from ssm_jax.layers.drop_path import DropPath, drop_path_rates
 from ssm_jax.layers.images import check_images
 from ssm_jax.layers.linear import normal_linear
@@ -30,10 +31,10 @@ POOLED = 7  # height and width of the map of keys and values of linear attention
 Norm = functools.partial(LayerNorm, epsilon=1e-6)  # between the blocks; patches and keys are normalised with 1e-5
 
 
-def conv(in_features: int, out_features: int, size: int, *, groups: int = 1, **options: Any) -> nnx.Conv:
+def conv(in_features: int, out_features: int, size: int, **options: Any) -> nnx.Conv:
     """A `size` x `size` convolution that starts as the original's: weights N(0, 2 / fan_out), biases 0."""
-    init = jax.nn.initializers.normal(math.sqrt(2 * groups / (size**2 * out_features)))
-    return nnx.Conv(in_features, out_features, (size, size), feature_group_count=groups, kernel_init=init, **options)
+    init = jax.nn.initializers.normal(math.sqrt(2 / (size**2 * out_features)))
+    return nnx.Conv(in_features, out_features, (size, size), kernel_init=init, **options)
 
 
 def adaptive_mean(x: Float[Array, "b h w c"], size: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
@@ -91,7 +92,8 @@ class ConvMLP(nnx.Module):
     def __init__(self, d_model: int, hidden: int, *, linear: bool, rngs: nnx.Rngs, **dtypes: Any):
         """Builds it; with `linear` attention, there is a ReLU before the convolution."""
         self.fc1 = normal_linear(d_model, hidden, **dtypes, rngs=rngs)
-        self.dwconv = conv(hidden, hidden, 3, groups=hidden, padding=((1, 1), (1, 1)), **dtypes, rngs=rngs)
+        init = jax.nn.initializers.normal(math.sqrt(2 / 9))  # as `conv`'s, of fan_out 9
+        self.dwconv = Depthwise(hidden, 3, kernel_init=init, **dtypes, rngs=rngs)
         self.fc2 = normal_linear(hidden, d_model, **dtypes, rngs=rngs)
         self.linear = linear
 
