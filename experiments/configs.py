@@ -70,7 +70,7 @@ class Recipe(NamedTuple):
 
 
 def recipes() -> Iterator[Recipe]:
-    """All recipes in configs/, by name. What `experiments.compare` takes has several in one, and is none of them."""
+    """All recipes in configs/, by name. What `experiments.sweep` takes has several in one, and is none of them."""
     for path in sorted(_FOLDER.rglob("*.py")):
         file = path.relative_to(_FOLDER)
         if path.name == "__init__.py" or file.parts[0] == "common":

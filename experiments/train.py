@@ -30,9 +30,7 @@ from ssm_jax.training.profiling import Trace
 from ssm_jax.training.sharding import sharding_table
 from ssm_jax.training.steps import TrainState
 
-workdir_flag = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; a run that is there is gone on with.", required=True
-)
+workdir_flag = flags.DEFINE_string("workdir", None, "Directory of the run; a run that is there is gone on with.")
 
 
 def train(
@@ -143,4 +141,5 @@ if __name__ == "__main__":
         writers = [find_writer(name) for name in _WRITER.value]
         train(config_flag.value, workdir_flag.value, profile=profile, writers=writers)
 
+    flags.mark_flag_as_required("workdir")
     run_command(main)

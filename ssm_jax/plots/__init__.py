@@ -14,5 +14,6 @@ from ssm_jax.plots.runs import accuracy_by_resolution as accuracy_by_resolution
 from ssm_jax.plots.runs import curves as curves
 from ssm_jax.plots.runs import image_sheet as image_sheet
 from ssm_jax.plots.runs import prediction_sheet as prediction_sheet
+from ssm_jax.plots.runs import score_panels as score_panels
 from ssm_jax.plots.runs import score_title as score_title
 from ssm_jax.plots.runs import training_curves as training_curves

@@ -1,21 +1,20 @@
 r"""A bottleneck ResNet and a small DeiT, plain and with each method that aggregates layers, on two small datasets.
 
-    python -m experiments.compare --config=configs/aggregation/comparison.py --workdir=runs/comparison \
-        --config.data_dir=FOLDER
+    python -m experiments.sweep --config=configs/sweeps/aggregation.py --config.data_dir=FOLDER
 
 FOLDER has both datasets as TensorFlow Datasets prepares them, `cifar10/` and `tiny_imagenet20/`. What comes after a
-colon, with commas between, are the comparisons to make, DATASET_FAMILY (all by default), and `quick`. The ResNet has 56
+colon, with commas between, are the tables to make, DATASET_FAMILY (all by default), and `quick`. The ResNet has 56
 layers and is trained as usual for small images: SGD 0.1, batch 128, 180 epochs, a tenth of the rate after 100 and 150;
 DeiT-Ti as long, by AdamW. `quick` is about an hour on three CPU cores: smaller networks, images of half the resolution,
 700 steps. That is, each in a process of its own with --shard=1/3, 2/3 and 3/3, and then with --summarize:
 
-    python -m experiments.compare --config=configs/aggregation/comparison.py:quick --workdir=runs/quick --shard=1/3
-    python -m experiments.compare --config=configs/aggregation/comparison.py:quick,cifar10_deit --workdir=runs/deit
+    python -m experiments.sweep --config=configs/sweeps/aggregation.py:quick --shard=1/3 --config.data_dir=FOLDER
+    python -m experiments.sweep --config=configs/sweeps/aggregation.py:quick,cifar10_deit --config.data_dir=FOLDER
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from configs.common import classification
+from configs.common import classification, sweeps
 
 METHODS = {
     "resnet": ("plain", "se", "eca", "rla", "mrla_light", "s6la"),
@@ -25,25 +24,39 @@ NOTES = {
     "resnet": "SE and ECA are at the end of a block's branch.",
     "deit": "SE and ECA are on the output of the MLP's branch, over all tokens. RLA is defined for ResNets only.",
 }
-DATASETS = {"cifar10": 32, "tiny_imagenet20": 64}
-COMPARISONS = [f"{dataset}_{family}" for dataset in DATASETS for family in METHODS]
+DATASETS = {"cifar10": ("CIFAR-10", 32), "tiny_imagenet20": ("tiny_imagenet20", 64)}
+TABLES = [f"{dataset}_{family}" for dataset in DATASETS for family in METHODS]
 
 
 def get_config(argument: str = "") -> ConfigDict:
     words = argument.split(",") if argument else []
-    if unknown := set(words) - {"quick", *COMPARISONS}:
+    if unknown := set(words) - {"quick", *TABLES}:
         raise ValueError(
-            "--config=configs/aggregation/comparison.py:WORDS takes quick and any of "
-            f"{', '.join(COMPARISONS)}, got {', '.join(sorted(unknown))!r}."
+            f"--config=configs/sweeps/aggregation.py:WORDS takes quick and any of {', '.join(TABLES)}, got "
+            f"{', '.join(sorted(unknown))!r}."
         )
-    config = ConfigDict({"seeds": (0, 1, 2), "data_dir": config_dict.FieldReference(""), "comparisons": {}})
-    for dataset, size in DATASETS.items():
-        for family, run in [("resnet", resnet(size, "quick" in words)), ("deit", deit(size, "quick" in words))]:
-            name = f"{dataset}_{family}"
-            if name in words or not set(words) - {"quick"}:
-                run.data.update(name=dataset, dir=config.get_ref("data_dir"))
-                config.comparisons[name] = {"methods": METHODS[family], "note": NOTES[family], "run": run}
-    return config
+    chosen = set(words) - {"quick"} or set(TABLES)
+    tables = {}
+    for dataset in DATASETS:
+        for family in METHODS:
+            if (name := f"{dataset}_{family}") in chosen:
+                tables[name] = table(dataset, family, "quick" in words)
+    return sweeps.sweep("s6la", tables)
+
+
+def table(dataset: str, family: str, quick: bool) -> ConfigDict:
+    """A network, and the same with each method."""
+    title, size = DATASETS[dataset]
+    rows = {}
+    for method in METHODS[family]:
+        run = {"resnet": resnet, "deit": deit}[family](size, quick)
+        run.data.name = dataset
+        if method != "plain":
+            run.model.name += f"_{method}"
+        rows[method] = sweeps.row(method, run)
+    network = ", ".join(f"{name}={value}" for name, value in run.model.to_dict().items() if name != "name")
+    plain = rows["plain"].run.model.name
+    return sweeps.table(f"{plain} on {title}", f"{plain} with {network}. {NOTES[family]}", rows)
 
 
 def resnet(size: int, quick: bool) -> ConfigDict:

@@ -1,0 +1,25 @@
+"""What sweeps are made of, see experiments.sweep."""
+
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict, config_dict
+
+
+def sweep(paper: str, tables: Mapping[str, ConfigDict]) -> ConfigDict:
+    """Tables of a `paper`, "s4nd" or "s6la", of runs with three seeds whose datasets are all in `config.data_dir`."""
+    config = ConfigDict({"paper": paper, "seeds": (0, 1, 2), "data_dir": config_dict.FieldReference("")})
+    config.tables = ConfigDict(dict(tables), sort_keys=False)
+    for options in config.tables.values():
+        for row in options.rows.values():
+            row.run.data.dir = config.get_ref("data_dir")
+    return config
+
+
+def table(title: str, note: str, rows: Mapping[str, ConfigDict]) -> ConfigDict:
+    """A table with these rows."""
+    return ConfigDict({"title": title, "note": note, "rows": ConfigDict(dict(rows), sort_keys=False)})
+
+
+def row(label: str, run: ConfigDict, weights_of: str = "") -> ConfigDict:
+    """A row: a run, which may start from the weights of another one, TABLE/ROW."""
+    return ConfigDict({"label": label, "run": run, "weights_of": weights_of})

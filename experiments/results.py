@@ -1,0 +1,131 @@
+"""results/NAME.json: what came out of a sweep, see `experiments.sweep`, which writes it; and its tables.
+
+The file has the sweep's name, its `paper`, the `command` that starts it, and `tables` by name: `title`, `note`, the
+`metric` that networks are compared by (a share of 1) and `rows` by name: `label`, `model`, `parameters`, `dataset`,
+`images` (how many, by split), `resolution` of training, `steps`, `batch_size` and `runs` by seed, each with its `id`
+and `state`: `missing`; `failed`, with the `error`; or `finished`, with `scores` (by resolution of the test images, then
+by metric), the `seconds` of training, and when, with what and on which devices it was made.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from experiments.config import ConfigError
+from ssm_jax.plots import score_title
+
+Table = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def load(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
+    """All results in a folder, by the names of sweeps. Raises ConfigError for a file that is none."""
+    found = {}
+    for path in sorted(epath.Path(folder).glob("*.json")):
+        try:
+            of_sweep = json.loads(path.read_text())
+            _ = [(columns(table), rows(table), caption(table)) for table in of_sweep["tables"].values()]
+            found[of_sweep["sweep"]] = of_sweep
+        except ValueError as error:
+            raise ConfigError(f"{path} is no JSON: {error}.") from error
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{path} has not what experiments.sweep writes: {type(error).__name__} {error}. Make it anew with "
+                "--summarize, or move it away."
+            ) from error
+    return found
+
+
+def check_replaceable(path: epath.Path, found: Mapping[str, Any]) -> None:
+    """Raises ConfigError if the file has finished runs that are not in `found`, and would be lost."""
+    if not path.exists():
+        return
+    there = _finished(load(path.parent).get(path.stem, {}))
+    if lost := sorted(name for name, run in there.items() if _finished(found).get(name) != run):
+        raise ConfigError(
+            f"{path} has results of {len(lost)} runs that are not in the workdir, such as {lost[0]}. Move it away, or "
+            "give another --workdir or --results."
+        )
+
+
+def _finished(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores and end of each finished run."""
+    return {
+        run["id"]: (run["scores"], run["ended"])
+        for table in found.get("tables", {}).values()
+        for row in table["rows"].values()
+        for run in row["runs"].values()
+        if run["state"] == "finished"
+    }
+
+
+def scores(row: Row, metric: str) -> dict[int, list[float]]:
+    """Of the finished runs, by resolution of the test images."""
+    found: dict[int, list[float]] = {}
+    for run in row["runs"].values():
+        for resolution, of_run in run.get("scores", {}).items():
+            found.setdefault(int(resolution), []).append(of_run[metric])
+    return dict(sorted(found.items()))
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    mean = f"{100 * statistics.fmean(values):.2f}"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def resolutions(table: Table) -> list[int]:
+    """Of the test images, of all rows."""
+    return sorted({resolution for row in table["rows"].values() for resolution in scores(row, table["metric"])})
+
+
+def columns(table: Table) -> list[str]:
+    """Of the table; the cells are those of `rows`."""
+    tested = [f"{resolution} x {resolution}, %" for resolution in resolutions(table)]
+    return ["network", "parameters", "training", "runs", *tested]
+
+
+def rows(table: Table) -> list[list[str]]:
+    """Under `columns`."""
+    cells = []
+    for row in table["rows"].values():
+        runs = row["runs"].values()
+        done = [run for run in runs if run["state"] == "finished"]
+        failed = [seed for seed, run in row["runs"].items() if run["state"] == "failed"]
+        seconds = [run["seconds"] for run in done if run["seconds"] is not None]
+        of_row = scores(row, table["metric"])
+        cells.append(
+            [
+                row["label"],
+                f"{row['parameters']:,}",
+                f"{statistics.median(seconds) / 60:.1f} min" if seconds else "",
+                f"{len(done)} of {len(runs)}" + (f" (failed: seed {', '.join(failed)})" if failed else ""),
+                *(percent(of_row[size]) if size in of_row else "" for size in resolutions(table)),
+            ]
+        )
+    return cells
+
+
+def caption(table: Table) -> str:
+    """What the numbers are."""
+    of = list(table["rows"].values())
+    sizes = dict.fromkeys(f"{row['dataset']} ({row['images']['train']:,} training images)" for row in of)
+    budgets = dict.fromkeys(f"{row['steps']:,} steps of {row['batch_size']}" for row in of)
+    devices = dict.fromkeys(
+        f"{run['devices']} x {run['device']}" for row in of for run in row["runs"].values() if "device" in run
+    )
+    several = any(len(row["runs"]) > 1 for row in of)
+    return (
+        f"{'; '.join(sizes)}; {' or '.join(budgets)}. {score_title(table['metric']).capitalize()} on the test images, "
+        f"by their size, at the best checkpoint by validation{'; mean and standard deviation over seeds' * several}. "
+        f"Median time of training on {', '.join(devices) or 'nothing yet'}. {table['note']}"
+    ).strip()
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table for GitHub, the first column to the left and the others to the right."""
+    signs = [":--", *["--:"] * (len(columns) - 1)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, signs, *rows])

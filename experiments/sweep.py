@@ -1,0 +1,342 @@
+r"""Trains all that a sweep lists, with each of its seeds, and tabulates the scores; started again, it goes on.
+
+    python -m experiments.sweep --config=configs/sweeps/zero_shot.py --config.data_dir=FOLDER \
+        [--workdir=runs/NAME] [--results=results] [--shard=I/N] [--summarize] [--config.FIELD=VALUE ...]
+
+The config has `seeds` and `tables`. A table has a `title`, a `note` and `rows`, each with a `label` and the config of a
+`run`, as experiments.train takes it; a row may start from the weights of another one, `weights_of`, of the same seed.
+NAME is that of the config's file, with what comes after a colon.
+
+Every run is one of experiments.train, with a workdir of its own, WORKDIR/TABLE/ROW/seed_SEED. Runs that are finished
+are not repeated, one that was interrupted goes on from its last checkpoint, and one that fails leaves its error.txt
+there, is tried again by the next start, and does not keep the others from going on. Several processes share the runs
+with --shard=1/3, 2/3 and 3/3. The tables are made at the end of each, and by --summarize, of what is there.
+
+The workdir gets sweep.md and sweep.png, and RESULTS gets NAME.json, of which `python -m experiments.tables` makes its
+tables. A NAME.json with results of other runs is never written over.
+"""
+
+import dataclasses
+import datetime
+import json
+import math
+import re
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from matplotlib.figure import Figure
+from ml_collections import config_flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import results
+from experiments.command import config_flag, fail, run_command
+from experiments.config import Config, ConfigError, claim_workdir, section, write_file
+from experiments.experiment import Experiment, build
+from experiments.problem import is_detector
+from experiments.report import save_pictures
+from experiments.train import train, workdir_flag
+from ssm_jax import plots
+from ssm_jax.training.loop import Stopped
+from ssm_jax.training.metrics import read_metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A row of a table, with one seed."""
+
+    table: str
+    row: str
+    seed: int
+    config: Config
+    workdir: epath.Path
+    weights: epath.Path | None
+    """The workdir of the run that this one starts from."""
+
+    @property
+    def name(self) -> str:
+        """As people know it, and where its workdir is in that of all runs."""
+        return f"{self.table}/{self.row}/seed_{self.seed}"
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has its results, which are what it writes last."""
+        return _finished(self.workdir)
+
+    @property
+    def error(self) -> epath.Path:
+        """Where it is told why the run failed."""
+        return self.workdir / "error.txt"
+
+
+def sweep(
+    config: Config,
+    workdir: epath.PathLike,
+    *,
+    out: epath.PathLike,
+    command: str = "",
+    shard: tuple[int, int] = (1, 1),
+    summarize: bool = False,
+) -> dict[str, Any]:
+    """Trains what is not finished of a shard's runs, unless it is only to `summarize`.
+
+    Returns what it writes to the file `out`, see `experiments.results`; `command` is what people start it with.
+    """
+    workdir, out = epath.Path(workdir).resolve(), epath.Path(out)
+    runs = plan(config, workdir)
+    experiments = _check(runs)
+
+    def summary() -> dict[str, Any]:
+        tables = {
+            name: {"title": options.title, "note": options.note}
+            | _table(options, [run for run in runs if run.table == name], experiments)
+            for name, options in config.tables.items()
+        }
+        return {"paper": config.paper, "sweep": out.stem, "command": command, "tables": tables}
+
+    results.check_replaceable(out, summary())
+    if not summarize:
+        number, shards = shard
+        _train_all(runs, [run for i, run in enumerate(runs) if i % shards == number - 1 and not run.finished])
+    found = summary()
+    if jax.process_index() == 0:
+        _write(found, workdir, out)
+    return found
+
+
+def plan(config: Config, workdir: epath.Path) -> list[Run]:
+    """All runs, those of one seed after another. Raises ConfigError for seeds, labels and weights that cannot be."""
+    if not config.seeds or len(set(config.seeds)) < len(config.seeds):
+        raise ConfigError(f"config.seeds must be different numbers, at least one, got {config.seeds}.")
+    if not config.tables:
+        raise ConfigError("config.tables must have at least one table, got none.")
+    for table, options in config.tables.items():
+        labels = [row.label for row in options.rows.values()]
+        if not labels or len(set(labels)) < len(labels):
+            raise ConfigError(f"config.tables.{table}.rows must have different labels, at least one, got {labels}.")
+    runs, before = [], set()
+    for seed in config.seeds:
+        for table, options in config.tables.items():
+            for row, chosen in options.rows.items():
+                run = chosen.run.copy_and_resolve_references()
+                run.seed = seed
+                weights = None
+                if chosen.weights_of:
+                    if chosen.weights_of not in before:
+                        raise ConfigError(
+                            f"config.tables.{table}.rows.{row}.weights_of must be TABLE/ROW of a row before it, one of "
+                            f"{', '.join(sorted(before)) or 'none'}, got {chosen.weights_of!r}."
+                        )
+                    weights = workdir / chosen.weights_of / f"seed_{seed}"
+                    run.weights = str(weights)
+                before.add(f"{table}/{row}")
+                runs.append(Run(table, row, seed, run, workdir / table / row / f"seed_{seed}", weights))
+    return runs
+
+
+def _finished(workdir: epath.Path) -> bool:
+    return (workdir / "results.json").exists()
+
+
+def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
+    """The experiment of each row. Raises ConfigError for what could not run, or not go on in its workdir."""
+    experiments = {}
+    for run in runs:
+        key = run.table, run.row
+        if key not in experiments:
+            try:
+                experiments[key] = build(run.config)
+                _apply(experiments[key])
+            except ConfigError as error:
+                message = str(error).replace("config.", f"config.tables.{run.table}.rows.{run.row}.run.")
+                raise ConfigError(message) from error
+        if run.workdir.exists():
+            claim_workdir(run.workdir, run.config)
+    return experiments
+
+
+def _apply(experiment: Experiment) -> None:
+    """Evaluates a batch of which only the shape is known: that is when a network refuses images."""
+    if is_detector(experiment.config):
+        return
+    rows = experiment.mesh.size
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *shape), dtype)
+        for name, (shape, dtype) in {**experiment.problem.example, "mask": ((), np.bool_)}.items()
+    }
+    with section(experiment.config, "model"), jax.set_mesh(experiment.mesh):
+        state = experiment.abstract_state
+        jax.eval_shape(experiment.eval_step(experiment.resolution), state.params, state.rest, batch)
+
+
+def _train_all(runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
+    start = time.monotonic()
+    for done, run in enumerate(unfinished):
+        if jax.process_index() == 0:
+            left = ""
+            if done:
+                seconds = (time.monotonic() - start) / done * (len(unfinished) - done)
+                left = f", {datetime.timedelta(seconds=round(seconds))} left at this pace"
+            finished = sum(run.finished for run in runs)
+            print(
+                f"{finished} of {len(runs)} runs are finished; {done + 1} of the {len(unfinished)} to do here: "
+                f"{run.name}{left}",
+                flush=True,
+            )
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    try:
+        if run.weights is not None and not _finished(run.weights):
+            raise RuntimeError(f"it starts from {run.weights}, which is not finished")
+        claim_workdir(run.workdir, run.config)
+        run.error.unlink(missing_ok=True)
+        train(run.config, run.workdir)
+    except Stopped:
+        raise
+    except Exception as error:  # whatever it is, the others can go on
+        first = traceback.format_exception_only(error)[-1].strip()
+        print(f"{run.name} failed: {first}", flush=True)
+        run.workdir.mkdir(parents=True, exist_ok=True)
+        write_file(run.error, first + "\n" + traceback.format_exc())
+    jax.clear_caches()  # the next run has other functions
+
+
+def _table(options: Config, runs: Sequence[Run], experiments: dict[tuple[str, str], Experiment]) -> dict[str, Any]:
+    """What is known of a table, whose `runs` these are."""
+    rows = {}
+    for name, chosen in options.rows.items():
+        of_row = [run for run in runs if run.row == name]
+        experiment = experiments[of_row[0].table, name]
+        rows[name] = {
+            "label": chosen.label,
+            "model": experiment.config.model.name,
+            "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(experiment.abstract_state.params)),
+            "dataset": experiment.dataset.title,
+            "images": {split: len(source) for split, source in experiment.dataset.splits.items()},
+            "resolution": experiment.resolution,
+            "steps": experiment.total_steps,
+            "batch_size": experiment.config.batch_size,
+            "runs": {str(run.seed): _known(run, experiment) for run in of_row},
+        }
+    return {"metric": experiment.problem.score, "rows": rows}
+
+
+def _known(run: Run, experiment: Experiment) -> dict[str, Any]:
+    """Of one run, from the files in its workdir."""
+    if not run.finished:
+        if run.error.exists():
+            return {"id": run.name, "state": "failed", "error": run.error.read_text().splitlines()[0]}
+        return {"id": run.name, "state": "missing"}
+    found = json.loads((run.workdir / "results.json").read_text())
+    last = json.loads((run.workdir / "run.json").read_text())["starts"][-1]
+    return {
+        "id": run.name,
+        "state": "finished",
+        "scores": found["test"],
+        "seconds": _training_seconds(run, experiment),
+        "ended": last.get("end"),
+        **{name: last[name] for name in ("device", "devices", "commit", "versions")},
+    }
+
+
+def _training_seconds(run: Run, experiment: Experiment) -> float | None:
+    """All steps, at the median speed of each stage: without compilation, evaluation, checkpoints and pauses."""
+    rows = [row for row in read_metrics(run.workdir) if row.get("images_per_second", 0) > 0]
+    seconds, start = 0.0, 0
+    for stage in experiment.stages:
+        rates = [row["images_per_second"] for row in rows if start < row["step"] <= stage.end]
+        if not rates:
+            return None
+        seconds += (stage.end - start) * experiment.config.batch_size / float(np.median(rates))
+        start = stage.end
+    return seconds
+
+
+def _write(found: dict[str, Any], workdir: epath.Path, out: epath.Path) -> None:
+    """Prints the tables, and writes all three files."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for of_table in found["tables"].values():
+        columns, rows, caption = results.columns(of_table), results.rows(of_table), results.caption(of_table)
+        table = Table(title=of_table["title"], caption=caption)
+        for column in columns:
+            table.add_column(column, justify="left" if column == columns[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        sections.append(f"## {of_table['title']}\n\n{results.markdown(columns, rows)}\n{caption}\n")
+    for name, error in failures(found).items():
+        print(f"{name} failed: {error}", flush=True)
+    write_file(workdir / "sweep.md", "\n".join(sections))
+    save_pictures({"sweep": picture(found)}, workdir)
+    results.check_replaceable(out, found)  # again: others may have written in the meantime
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    Console().print(f"sweep.md and sweep.png are in {workdir}, the results in {out}", soft_wrap=True)
+
+
+def picture(found: dict[str, Any]) -> Figure:
+    """A panel for each table: scores by resolution of the test images with error bars, or of one a dot for each run."""
+    panels = []
+    for of_table in found["tables"].values():
+        scores = {row["label"]: results.scores(row, of_table["metric"]) for row in of_table["rows"].values()}
+        panels.append((of_table["title"], scores))
+    return plots.score_panels(panels)
+
+
+def failures(found: dict[str, Any]) -> dict[str, str]:
+    """The errors of the runs that failed, by the runs' names."""
+    return {
+        run["id"]: run["error"]
+        for of_table in found["tables"].values()
+        for row in of_table["rows"].values()
+        for run in row["runs"].values()
+        if run["state"] == "failed"
+    }
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """The numbers of I/N. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, shards = (int(part) for part in found.groups()) if found else (0, 0)
+    if not 1 <= number <= shards:
+        raise ConfigError(f"--shard must be I/N with I from 1 to N, such as 1/3, got {text!r}.")
+    return number, shards
+
+
+def name_of(file: str) -> str:
+    """Of a sweep, by its config's FILE or FILE:WORDS."""
+    path, _, words = file.partition(":")
+    return "_".join([Path(path).stem, *re.findall(r"\w+", words)])
+
+
+if __name__ == "__main__":
+    _RESULTS = flags.DEFINE_string("results", "results", "Directory that gets NAME.json.")
+    _SHARD = flags.DEFINE_string("shard", "1/1", "I/N: every N-th run, from the I-th on, is this process's.")
+    _SUMMARIZE = flags.DEFINE_bool("summarize", False, "Train nothing; make the tables of what is there.")
+
+    def main() -> None:
+        """Runs the command."""
+        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        name = name_of(file)
+        found = sweep(
+            config_flag.value,
+            workdir_flag.value or f"runs/{name}",
+            out=epath.Path(_RESULTS.value) / f"{name}.json",
+            command=f"python -m experiments.sweep --config={file}",
+            shard=parse_shard(_SHARD.value),
+            summarize=_SUMMARIZE.value,
+        )
+        if failed := failures(found):
+            fail(f"{len(failed)} runs failed: {', '.join(failed)}. Each has an error.txt.", status=1)
+
+    run_command(main)
