@@ -57,9 +57,13 @@ def progressive(resolution: int, network: str) -> ConfigDict:
     }
     if network not in networks:
         raise ValueError(f"--config=FILE:NETWORK takes one of {', '.join(networks)}, got {network!r}.")
-    config = networks[network]()
-    bandlimit = BANDLIMITS[resolution] if network != "conv2d" else 0.0
-    config.stages.update(epochs=(80.0, 20.0), resolutions=(resolution, 32), bandlimits=(bandlimit, 0.0))
+    return staged(networks[network](), resolution, epochs=(80.0, 20.0))
+
+
+def staged(config: ConfigDict, resolution: int, *, epochs: tuple[float, float]) -> ConfigDict:
+    """Trains at a lower `resolution`, with the authors' band limit if it is S4ND, and then at 32 x 32."""
+    bandlimit = BANDLIMITS[resolution] if config.model.name == "isotropic_s4nd" else 0.0
+    config.stages.update(epochs=epochs, resolutions=(resolution, 32), bandlimits=(bandlimit, 0.0))
     return config
 
 

@@ -12,10 +12,18 @@ from ml_collections import ConfigDict
 
 from configs.common import cifar10, sweeps
 
-EPOCHS = {8: 6.0, 16: 2.0, 32: 1.0}
+EPOCHS = {8: 4.0, 16: 2.0, 32: 1.0}
 """By resolution of training."""
 
-BANDLIMITS = {"none": 0.0, "0.5": 0.5, "0.2": 0.2, "0.1": 0.1}
+BANDLIMITS = (0.0, 0.5, 0.2, 0.1, 0.05)
+"""0: none."""
+
+SIZES = {
+    8: {"s4nd": 64, "conv2d": 152},
+    16: {"s4nd": 32, "conv2d": 96},
+    32: {"s4nd": 32, "conv2d": 96},
+}
+"""Widths with about as many parameters, by resolution of training."""
 
 
 def get_config(argument: str = "") -> ConfigDict:
@@ -29,22 +37,23 @@ def get_config(argument: str = "") -> ConfigDict:
 
 
 def table(resolution: int) -> ConfigDict:
-    """All band limits with LegS, all other initial state matrices with the authors' band limit, and convolutions."""
-    authors = cifar10.BANDLIMITS[resolution]
-    cases = [("legs", limit) for limit in BANDLIMITS.values()]
+    """All band limits with LegS, from 8 x 8 the other initial state matrices with that of 0.1, and convolutions."""
+    widths = SIZES[resolution]
+    network = {"n_layers": 4, "weight_decay": 0.03}
+    cases = [("legs", limit) for limit in BANDLIMITS]
     if resolution == 8:
-        cases += [(init, authors) for init in cifar10.INITS if init != "legs"]
-    rows = {"conv2d": sweeps.row("Conv2D", run(resolution, cifar10.conv2d(**CONV2D)))}
+        cases += [(init, 0.1) for init in cifar10.INITS if init != "legs"]
+    rows = {"conv2d": sweeps.row("Conv2D", run(resolution, cifar10.conv2d(d_model=widths["conv2d"], **network)))}
     for init, limit in cases:
         name = f"s4nd_{init}_{round(100 * limit):03d}".replace("-", "_")
         label = f"S4ND, {init}, " + (f"band limit {limit:g}" if limit else "no band limit")
-        rows[name] = sweeps.row(label, run(resolution, cifar10.s4nd(**S4ND, init=init, bandlimit=limit)))
-    return sweeps.table(f"Trained on CIFAR-10 at {resolution} x {resolution}", NOTE, rows)
-
-
-S4ND = {"d_model": 64, "n_layers": 4, "weight_decay": 0.03}
-CONV2D = {"d_model": 144, "n_layers": 4, "weight_decay": 0.03}
-NOTE = "Isotropic networks of 4 layers, S4ND of width 64 and Conv2D of width 144; nothing is augmented."
+        config = cifar10.s4nd(d_model=widths["s4nd"], **network, init=init, bandlimit=limit)
+        rows[name] = sweeps.row(label, run(resolution, config))
+    note = (
+        f"Isotropic networks of 4 layers, S4ND of width {widths['s4nd']} and Conv2D of width {widths['conv2d']}; nothing "
+        "is augmented."
+    )
+    return sweeps.table(f"Trained on CIFAR-10 at {resolution} x {resolution}", note, rows)
 
 
 def run(resolution: int, config: ConfigDict) -> ConfigDict:

@@ -8,7 +8,7 @@ from flax import nnx
 import ssm_jax
 from configs.common import sweeps
 from configs.s4nd import digits
-from configs.sweeps import aggregation, zero_shot
+from configs.sweeps import aggregation, isotropic, progressive, tiny_imagenet, zero_shot
 from experiments import results
 from experiments import sweep as module
 from experiments.config import ConfigError
@@ -380,6 +380,9 @@ def test_an_interrupted_write_leaves_the_runs_of_the_others(config, run, trained
 
 SWEEPS = {
     "zero_shot": zero_shot.get_config,
+    "isotropic": isotropic.get_config,
+    "progressive": progressive.get_config,
+    "tiny_imagenet": tiny_imagenet.get_config,
     "aggregation": aggregation.get_config,
     "aggregation:quick": lambda: aggregation.get_config("quick"),
 }
