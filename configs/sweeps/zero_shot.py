@@ -50,8 +50,8 @@ def table(resolution: int) -> ConfigDict:
         config = cifar10.s4nd(d_model=widths["s4nd"], **network, init=init, bandlimit=limit)
         rows[name] = sweeps.row(label, run(resolution, config))
     note = (
-        f"Isotropic networks of 4 layers, S4ND of width {widths['s4nd']} and Conv2D of width {widths['conv2d']}; nothing "
-        "is augmented."
+        f"Isotropic networks of 4 layers, S4ND of width {widths['s4nd']} and Conv2D of width {widths['conv2d']}; "
+        "nothing is augmented."
     )
     return sweeps.table(f"Trained on CIFAR-10 at {resolution} x {resolution}", note, rows)
 

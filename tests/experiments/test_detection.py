@@ -179,6 +179,15 @@ def test_what_a_detector_cannot_do_is_said_before_it_starts(small, fields, messa
         build(small(**fields))
 
 
+def test_images_of_validation_without_an_object_are_refused(small, tmp_path):
+    """What nothing can be found in cannot be scored, nor tell which checkpoint is the best."""
+    folder = standin.make("coco", tmp_path)
+    (path,) = folder.rglob("instances_val2017.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"annotations": []}))
+    with pytest.raises(ConfigError, match=r"^config\.data\.dir has no image with an object, .*instances_val2017\.json"):
+        build(small(**{"data.dir": str(folder)}))
+
+
 def test_of_a_detector_only_weights_are_exported(small, finished, tmp_path):
     with pytest.raises(ConfigError, match=r"^--out must be FILE\.safetensors for a detector.*/folder\.$"):
         export(small(), finished[0], tmp_path / "folder")
