@@ -1,8 +1,9 @@
 """Finding objects in images: boxes with classes, and masks where the network has a head for them."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -180,18 +181,18 @@ class DetectionProblem:
     ) -> dict[str, Figure]:
         """Detections as a file of COCO results, the table of categories, and pictures of some images."""
         evaluation = evaluations[resolution]
-        results, categories = evaluation.rows["results"], evaluation.rows["categories"]
+        results, categories, scored = (evaluation.rows[name] for name in ("results", "categories", "image_ids"))
         coco.write_results(workdir / f"detections_{split}.json", results)
         write_file(workdir / f"categories_{split}.json", json.dumps(categories, indent=2) + "\n")
         Console().print(coco.category_table([row for row in categories if row["objects"]]))
-        return {"detections": self._picture(split, results)}
+        return {"detections": self._picture(split, results, scored)}
 
-    def _picture(self, split: str, results: Sequence[coco.Result]) -> Figure:
-        """Images from all over a split, with their objects and what was found of which the network is sure."""
+    def _picture(self, split: str, results: Sequence[coco.Result], scored: Collection[int]) -> Figure:
+        """Images from all over those that could be read, with their objects and what was found with a high score."""
         source: Any = self.dataset.splits[split]
-        shown = np.random.default_rng(0).permutation(len(source))[:_SHOWN]
+        shown = (source[int(i)] for i in np.random.default_rng(0).permutation(len(source)))
         images, truth, found = [], [], []
-        for example in (source[int(i)] for i in shown):
+        for example in itertools.islice((one for one in shown if one["image_id"] in scored), _SHOWN):
             images.append(np.asarray(decode_image(example["image"])))
             size = images[-1].shape[:2]
             here = [one for one in results if one["image_id"] == example["image_id"] and one["score"] >= _SURE]
@@ -202,7 +203,7 @@ class DetectionProblem:
             boxes = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], axis=1)
             found.append(_drawn(size, boxes, classes, scores, [one.get("segmentation") for one in here]))
         columns = {"objects": truth, f"found, with a score of {_SURE} or more": found}
-        return plots.detection_sheet(images, columns, self.dataset.class_names, title=f"{len(shown)} {split} images")
+        return plots.detection_sheet(images, columns, self.dataset.class_names, title=f"{len(images)} {split} images")
 
     def multiply_adds(self, model: nnx.Module, stage: Stage) -> float | None:  # noqa: D102
         del model, stage
@@ -239,4 +240,5 @@ class _Tally:
         results = [result for image_id in sorted(self._results) for result in self._results[image_id]]
         found = coco.evaluate(self._source.annotations, results, kinds=self._kinds, image_ids=self._results)
         defined = {name: score for name, score in found.scores.items() if score >= 0}  # there may be no small objects
-        return Evaluation(defined, {"results": results, "categories": found.categories})
+        rows = {"results": results, "categories": found.categories, "image_ids": self._results.keys()}
+        return Evaluation(defined, rows)

@@ -265,9 +265,10 @@ def _faults(
     flat = [*itertools.chain.from_iterable(polygons)]
     owner = np.repeat(np.arange(count), [*map(len, polygons)])
     numbers = np.array([*map(len, flat)], np.int64)
-    absent, misfit = np.zeros((2, count), bool)
+    absent, misfit, run_length = np.zeros((3, count), bool)
     for i, mask in enumerate(segmentations):
         if not isinstance(mask, list) and mask is not None:
+            run_length[i] = True
             absent[i] = not any(mask["counts"][1::2])
             misfit[i] = not _fits(mask, of_image[i].tolist())
         else:
@@ -283,7 +284,7 @@ def _faults(
         "with a box that is not finite": ~np.isfinite(boxes).all(1),
         "with an empty box": (boxes[:, 2:] <= boxes[:, :2]).any(1),
         "with a box outside of the image": (inside[:, 2:] <= inside[:, :2]).any(1),
-        "without a mask": absent & ~_array(annotations, "iscrowd", bool),
+        "without a mask": absent & ~(run_length & _array(annotations, "iscrowd", bool)),
         "with an odd number of coordinates": having(numbers % 2 == 1),
         "with a polygon of less than three points": having(numbers < 6),
         "with a polygon that is not finite": having(~np.isfinite(np.array([*map(sum, flat)], np.float64))),

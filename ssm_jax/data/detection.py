@@ -115,8 +115,8 @@ class DetectionAugment:
         Returns:
             `image` and `size` as for evaluation; for n = max_objects objects `boxes`, (n, 4) float32, left, top, right,
             bottom in pixels of the image, none beyond its edges, `classes`, (n,) int32, and `valid`, (n,) bool: False
-            for padding, which is all zeros; and with masks those of `crop_masks`, (n, 114, 114) uint8, and
-            `mask_boxes`, (n, 4) float32, the part of the image that each covers.
+            for padding, which is all zeros, and for boxes without area; and with masks those of `crop_masks`,
+            (n, 114, 114) uint8, and `mask_boxes`, (n, 4) float32, the part of the image that each covers.
 
         Raises:
             BrokenExampleError: if the image cannot be decoded, or has another size than the annotations say.
@@ -139,10 +139,11 @@ class DetectionAugment:
                 left, right = image.width - right, image.width - left
             return np.stack([left, top, right, bottom], axis=1)
 
+        boxes = np.clip(placed(example["boxes"][kept]), 0, np.array(image.size * 2, np.float32))
         objects = {
-            "boxes": np.clip(placed(example["boxes"][kept]), 0, np.array(image.size * 2, np.float32)),
+            "boxes": boxes,
             "classes": example["classes"][kept],
-            "valid": np.ones(len(kept), bool),
+            "valid": (boxes[:, 2:] > boxes[:, :2]).all(1),  # of a box that is narrow enough nothing is left in float32
         }
         if self.masks:
             masks, boxes = crop_masks([example["segmentation"][i] for i in kept], (height, width))

@@ -41,10 +41,12 @@ def pyramid_anchors(
     """Of each map of a pyramid, the anchors: of `sizes` of its own, and `aspect_ratios` that all maps share.
 
     `shapes` are the maps' (h, w) and `image_shape` that of the image, whose quotients rounded down are the strides.
-    Raises ValueError unless there are as many maps as entries of `sizes`.
+    Raises ValueError unless there are as many maps as entries of `sizes`, and equally many sizes in each.
     """
     if len(sizes) != len(shapes):
         raise ValueError(f"sizes must have an entry for each of {len(shapes)} maps, got {len(sizes)}.")
+    if len({len(sides) for sides in sizes}) > 1:
+        raise ValueError(f"sizes must have equally many for each map, as one head says something of all, got {sizes}.")
     height, width = image_shape
     return tuple(
         grid_anchors(cell_anchors(sides, aspect_ratios), (h, w), (height // h, width // w))

@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from ssm_jax.detection.boxes import clip, decode, encode
 from ssm_jax.detection.fpn import FPN, ConvNorm, Pyramid, map_size
 from ssm_jax.detection.losses import smooth_l1
-from ssm_jax.detection.matching import BELOW, match, sample
+from ssm_jax.detection.matching import BELOW, check_options, match, sample
 from ssm_jax.detection.roi_align import pyramid_roi_align
 from ssm_jax.detection.rpn import RPN
 from ssm_jax.detection.selection import best_detections, of_images
@@ -144,7 +144,13 @@ class BoxBranch(nnx.Module):
             detections: the number of detections for an image.
             rngs: source of the `params` stream.
             **dtypes: `dtype` and `param_dtype`.
+
+        Raises:
+            ValueError: for options that cannot be.
         """
+        check_options(
+            match_iou=match_iou, ignore_iou=ignore_iou, samples=samples, share=positive_share, detections=detections
+        )
         self.head = head(channels, size, **dtypes, rngs=rngs)
         self.classes = linear(self.head.features, num_classes + 1, **dtypes, rngs=rngs)
         self.deltas = linear(self.head.features, 4 * (num_classes + 1), **dtypes, rngs=rngs)

@@ -10,6 +10,21 @@ BELOW, BETWEEN = -1, -2
 """What `match` returns for boxes without an object."""
 
 
+def check_options(*, match_iou: float, ignore_iou: float, samples: int = 1, share: float = 1.0, **numbers: int) -> None:
+    """Raises ValueError for options of a head, by their names, that it cannot be trained or used with."""
+    if not 0 <= ignore_iou <= match_iou <= 1:
+        raise ValueError(
+            f"ignore_iou must be in [0, match_iou], and match_iou at most 1, got {ignore_iou} and {match_iou}."
+        )
+    if not (0 < share <= 1 and samples * share >= 1):
+        raise ValueError(
+            f"positive_share must be in (0, 1], and at least one of samples, got {share} of samples={samples}."
+        )
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}.")
+
+
 def match(
     boxes: Float[Array, "n 4"],
     objects: Float[Array, "m 4"],

@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 from ssm_jax.detection.anchors import pyramid_anchors
 from ssm_jax.detection.boxes import clip, decode, encode
 from ssm_jax.detection.fpn import FPN, P6P7, ConvNorm, Pyramid, map_size
-from ssm_jax.detection.losses import giou_loss
-from ssm_jax.detection.matching import BETWEEN, match
+from ssm_jax.detection.losses import giou_loss, smooth_l1
+from ssm_jax.detection.matching import BETWEEN, check_options, match
 from ssm_jax.detection.selection import best_detections, best_of_maps, of_images, of_maps
 from ssm_jax.detection.structures import Detections, Objects
 
@@ -36,7 +36,7 @@ PRIOR = 0.01
 
 def l1(deltas: Float[Array, "n 4"], anchors: Float[Array, "n 4"], boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
     """Distance of `deltas` to those that lead from the anchors to the boxes."""
-    return jnp.abs(deltas - encode(boxes, anchors)).sum(-1)
+    return smooth_l1(deltas, encode(boxes, anchors), beta=0).sum(-1)
 
 
 def giou(deltas: Float[Array, "n 4"], anchors: Float[Array, "n 4"], boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
@@ -136,6 +136,7 @@ class RetinaNet(nnx.Module):
         """
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}.")
+        check_options(match_iou=match_iou, ignore_iou=ignore_iou, candidates=candidates, detections=detections)
         dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.num_classes = num_classes
         self.backbone = backbone(maps=(1, 2, 3), **dtypes, rngs=rngs)

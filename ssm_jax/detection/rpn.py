@@ -13,7 +13,7 @@ from ssm_jax.detection.anchors import pyramid_anchors
 from ssm_jax.detection.boxes import clip, decode, encode
 from ssm_jax.detection.fpn import ConvNorm, Pyramid, map_size
 from ssm_jax.detection.losses import smooth_l1
-from ssm_jax.detection.matching import BELOW, match, sample
+from ssm_jax.detection.matching import BELOW, check_options, match, sample
 from ssm_jax.detection.nms import nms
 from ssm_jax.detection.selection import best_of_maps, of_maps
 
@@ -65,7 +65,13 @@ class RPN(nnx.Module):
             train_proposals: `proposals` in training.
             rngs: source of the `params` stream.
             **dtypes: `dtype` and `param_dtype`.
+
+        Raises:
+            ValueError: for options that cannot be.
         """
+        numbers = {"candidates": candidates, "proposals": proposals}
+        numbers |= {"train_candidates": train_candidates, "train_proposals": train_proposals}
+        check_options(match_iou=match_iou, ignore_iou=ignore_iou, samples=samples, share=positive_share, **numbers)
         options: dict[str, Any] = {"kernel_init": _normal, **dtypes, "rngs": rngs}
         num_anchors = len(anchor_sizes[0]) * len(aspect_ratios)
         self.convs = nnx.List(ConvNorm(channels, channels, **options) for _ in range(depth))

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
 class Objects(NamedTuple):
-    """The objects of a batch of images, padded to the same number; padding has `valid` False, and any other values.
+    """The objects of a batch of images, padded to the same number; padding has `valid` False, and else anything finite.
 
     Boxes are (left, top, right, bottom) in pixels of the network's input.
     """

@@ -145,7 +145,11 @@ BAD = {
     "with a box that is not finite": [{"bbox": [1, NAN, 2, 2]}, {"bbox": [1, 1, INF, 2]}, {"bbox": [1, 1, 2, 1e99]}],
     "with an empty box": [{"bbox": [1, 2, 3, 0]}, {"bbox": [1, 2, 0, 3]}, {"bbox": [1, 2, -1, 3]}],
     "with a box outside of the image": [{"bbox": [20, 2, 3, 4]}, {"bbox": [1, -4, 3, 4]}, {"bbox": [1, 10.5, 3, 4]}],
-    "without a mask": [{"segmentation": []}, {"segmentation": None}, {"segmentation": {**RUNS, "counts": [200]}}],
+    "without a mask": [
+        {"segmentation": []},
+        {"segmentation": None, "iscrowd": 1},
+        {"segmentation": {**RUNS, "counts": [200]}},
+    ],
     "with an odd number of coordinates": [{"segmentation": [TRIANGLE, SQUARE[:7]]}],
     "with a polygon of less than three points": [{"segmentation": [SQUARE[:4]]}, {"segmentation": [SQUARE, []]}],
     "with a polygon that is not finite": [{"segmentation": [[*TRIANGLE[:5], NAN]]}],
@@ -207,14 +211,15 @@ def test_bad_annotations_are_counted_by_kind_and_the_first_are_named(folder):
 
 
 def test_oddities_of_good_annotations_are_let_through(folder, warnings):
-    """Boxes that are partly outside, crowds as polygons or without a mask, other objects as run-length masks."""
-    changes = [{"bbox": [-1, 9, 30, 30]}, {"iscrowd": 1}, {"iscrowd": 1, "segmentation": []}, {"segmentation": RUNS}]
+    """Boxes that are partly outside, crowds as polygons or of no pixel, other objects as run-length masks."""
+    empty = {**RUNS, "counts": [200]}
+    changes = [{"bbox": [-1, 9, 30, 30]}, {"iscrowd": 1}, {"iscrowd": 1, "segmentation": empty}, {"segmentation": RUNS}]
     odd = [{**ANNOTATION, "id": 4 + i, **change} for i, change in enumerate(changes)]
     write(folder, "train", {**CONTENT, "annotations": odd})
     example = load_dataset("coco", str(folder), bad_annotations="refuse").splits["train"][2]
     np.testing.assert_array_equal(example["boxes"][0], [-1, 9, 29, 39])
     assert example["crowd"].tolist() == [False, True, True, False]
-    assert example["segmentation"][2] == []
+    np.testing.assert_array_equal(example["segmentation"][2]["counts"], [200])
     np.testing.assert_array_equal(example["segmentation"][3]["counts"], RUNS["counts"])
     assert warnings() == []
 

@@ -231,6 +231,20 @@ def test_images_without_objects_have_padding_alone(example):
     assert found["masks"].shape == (5, GRID, GRID)
 
 
+def test_a_box_that_is_too_narrow_to_be_mirrored_is_no_object(example):
+    """Of 1e-7 pixels nothing is left in float32, and every anchor would have the largest overlap with it: 0."""
+    boxes = example["boxes"].astype(np.float32)
+    boxes[0] = 1, 2, np.nextafter(np.float32(1), np.float32(2)), 9
+    found = augmented({**example, "boxes": boxes}, seed=next(s for s in range(9) if mirrored(s)), flip=True)
+    there = (found["boxes"][:, 2:] > found["boxes"][:, :2]).all(1)
+    np.testing.assert_array_equal(found["valid"], there)
+    assert found["valid"].sum() == augmented(example)["valid"].sum() - 1
+
+
+def mirrored(seed):
+    return bool(np.random.default_rng(seed).integers(2))
+
+
 def test_more_objects_than_there_is_room_for_are_refused(example):
     assert augmented(example, max_objects=3)["valid"].all()
     with pytest.raises(ValueError, match=r"^max_objects must be at least the 3 objects of image 7, got 2\.$"):

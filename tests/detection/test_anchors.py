@@ -47,3 +47,9 @@ def test_compiled_they_are_the_same_and_no_constant_of_the_program():
 def test_each_map_needs_its_sizes():
     with pytest.raises(ValueError, match="sizes must have an entry for each of 2 maps, got 1"):
         pyramid_anchors([[32]], [1.0], [(4, 4), (2, 2)], (32, 32))
+
+
+def test_maps_have_equally_many_anchors():
+    """One head says as many things at every position of all maps."""
+    with pytest.raises(ValueError, match=r"^sizes must have equally many for each map, .* got \(\(32, 40\), \(64,\)\)"):
+        pyramid_anchors(((32, 40), (64,)), (1.0,), [(8, 8), (4, 4)], (64, 64))

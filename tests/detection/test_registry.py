@@ -76,3 +76,21 @@ def test_the_width_of_the_pyramid_is_that_of_all_heads():
     detector = abstract("mask_rcnn", 3, fpn=lambda channels, **options: FPN(channels, 64, **options))
     assert detector.rpn.objectness.in_features == detector.mask.convs[0].conv.in_features == 64
     assert detector.box.head.fc6.in_features == (7, 7, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("retinanet", {"match_iou": 0.3, "ignore_iou": 0.5}, r"ignore_iou must be in \[0, match_iou\].* 0\.5 and 0\.3"),
+        ("retinanet", {"detections": 0}, "detections must be at least 1, got 0"),
+        ("retinanet", {"candidates": 0}, "candidates must be at least 1, got 0"),
+        ("faster_rcnn", {"rpn": {"match_iou": 1.1}}, r"match_iou at most 1, got 0\.3 and 1\.1"),
+        ("faster_rcnn", {"rpn": {"train_proposals": 0}}, "train_proposals must be at least 1, got 0"),
+        ("mask_rcnn", {"box": {"samples": 3}}, r"positive_share must be .* one of samples, got 0\.25 of samples=3"),
+        ("mask_rcnn", {"box": {"positive_share": 2.0}}, r"positive_share must be in \(0, 1\]"),
+        ("mask_rcnn", {"box": {"detections": 0}}, "detections must be at least 1, got 0"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_by_their_names(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        abstract(name, 3, **options)

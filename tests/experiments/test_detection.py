@@ -179,6 +179,21 @@ def test_what_a_detector_cannot_do_is_said_before_it_starts(small, fields, messa
         build(small(**fields))
 
 
+def test_an_image_that_cannot_be_read_is_neither_scored_nor_drawn(small, finished, tmp_path):
+    folder = standin.make("coco", tmp_path)
+    experiment = build(small(**{"data.dir": str(folder), "data.max_broken": 0.5}))
+    source = experiment.dataset.splits["test"]
+    first = source[0]["image_id"]
+    (folder / "val2017" / f"{first}.jpg").write_bytes(b"no image")
+    with Checkpoints(finished[0] / "checkpoints") as checkpoints:
+        state = checkpoints.restore_best(experiment.abstract_state)
+    evaluation = experiment.evaluate(state, "test", experiment.resolution)
+    assert set(evaluation.rows["image_ids"]) == {0, 1, 2, 3} - {first}
+    left = experiment.problem.leave("test", {experiment.resolution: evaluation}, experiment.resolution, tmp_path)
+    read = sum(example["image_id"] != first for example in source)
+    assert left["detections"].get_suptitle() == f"{read} test images"
+
+
 def test_images_of_validation_without_an_object_are_refused(small, tmp_path):
     """What nothing can be found in cannot be scored, nor tell which checkpoint is the best."""
     folder = standin.make("coco", tmp_path)
