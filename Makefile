@@ -16,7 +16,7 @@ WORKDIR ?= runs/digits
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help train test faults check lock clean
+.PHONY: help train test faults check docs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/'
@@ -37,6 +37,9 @@ check: .venv/installed  ## lint and types
 	$(VENV) -m ruff format --check .
 	$(VENV) -m pyright --pythonpath $(VENV)
 
+docs: .venv/installed  ## the pages and the docstrings as a site, build/docs/index.html
+	JAX_PLATFORMS=cpu $(VENV) -m sphinx -W --keep-going -q -c docs . build/docs
+
 lock: .venv/installed  ## writes constraints.txt: exact versions of everything in pyproject.toml, for all Pythons
 	$(VENV) -m pip install -q uv
 	.venv/bin/uv pip compile -q --upgrade --universal --all-extras --no-annotate --no-header pyproject.toml \
@@ -45,7 +48,7 @@ lock: .venv/installed  ## writes constraints.txt: exact versions of everything i
 		constraints.txt && rm constraints.txt.bak
 
 clean:  ## removes the virtual environment and caches; runs/ stays
-	rm -rf .venv .ruff_cache .hypothesis .jax_cache
+	rm -rf .venv .ruff_cache .hypothesis .jax_cache build
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/installed: pyproject.toml constraints.txt

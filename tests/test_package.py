@@ -1,16 +1,12 @@
 import ast
 import os
-import re
 import subprocess
 import sys
 import textwrap
 import tomllib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 
 
 def run_python(code, *, path=(), cwd=ROOT):
@@ -93,16 +89,3 @@ def test_the_version_is_that_of_the_project():
     import ssm_jax
 
     assert ssm_jax.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", [README, *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name)
-def test_the_python_in_the_docs_runs(page, tmp_path):
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
-    if not blocks:
-        pytest.skip(f"{page.name} has no Python")
-    run_python("\n".join(blocks), cwd=tmp_path)
-
-
-def test_the_readme_has_python():
-    assert "```python\n" in README.read_text()

@@ -30,6 +30,9 @@ normal_init = jax.nn.initializers.normal(0.01)
 
 _FPN = functools.partial(FPN, extra=P6P7)
 
+ANCHOR_SIZES = tuple(tuple(int(size * 2 ** (third / 3)) for third in range(3)) for size in (32, 64, 128, 256, 512))
+"""Three for each map, an octave apart from map to map (section 4)."""
+
 PRIOR = 0.01
 """Probability of every class at the start (section 4.1)."""
 
@@ -96,9 +99,7 @@ class RetinaNet(nnx.Module):
         fpn: Callable[..., FPN] = _FPN,
         head: Callable[..., nnx.Module] = Head,
         box_loss: Callable[[Array, Array, Array], Array] = l1,
-        anchor_sizes: Sequence[Sequence[float | int]] = tuple(
-            tuple(int(size * 2 ** (third / 3)) for third in range(3)) for size in (32, 64, 128, 256, 512)
-        ),
+        anchor_sizes: Sequence[Sequence[float | int]] = ANCHOR_SIZES,
         aspect_ratios: Sequence[float | int] = (0.5, 1.0, 2.0),
         match_iou: float = 0.5,
         ignore_iou: float = 0.4,
