@@ -49,7 +49,36 @@ def check_s6la_tour(text):
     assert float(accuracy) >= 93
 
 
-CHECKS = {"s4nd_tour": check_s4nd_tour, "s6la_tour": check_s6la_tour}
+def check_zero_shot_resolution(text):
+    row = r"^(\S.*?)  +" + r" +".join([r"([\d.]+) ± [\d.]+"] * 5) + "$"
+    accuracies = {label: [float(x) for x in means] for label, *means in re.findall(row, text, re.MULTILINE)}
+    limited, free, conv2d, untold = accuracies.values()  # at 6, 8, 12, 16 and 32
+    assert min(limited[1], free[1], conv2d[1]) >= 90
+    assert min(limited[2:]) >= 85
+    assert limited[0] > free[0]
+    assert max(*conv2d[2:], *untold[2:]) < 70
+
+
+def check_your_own_model(text):
+    differences = [float(value) for value in re.findall(r"largest difference.* (\S+)$", text, re.MULTILINE)]
+    assert len(differences) == 2
+    assert max(differences) < 1e-5
+    losses = [(float(first), float(last)) for first, last in re.findall(r"loss ([\d.]+) to ([\d.]+)", text)]
+    assert len(losses) == 4
+    assert all(last < first / 4 for first, last in losses)
+    accuracies = [float(value) for value in re.findall(r"test accuracy(?: at \d+ x \d+:)? ([\d.]+)%", text)]
+    assert len(accuracies) == 5
+    assert min(accuracies) >= 80
+    (moved,) = re.findall(r"^largest change of a parameter in SSMParam (\S+)$", text, re.MULTILINE)
+    assert float(moved) > 0
+
+
+CHECKS = {
+    "s4nd_tour": check_s4nd_tour,
+    "s6la_tour": check_s6la_tour,
+    "your_own_model": check_your_own_model,
+    "zero_shot_resolution": check_zero_shot_resolution,
+}
 """By notebook, what the text that it prints must say."""
 
 
