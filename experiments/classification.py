@@ -20,6 +20,7 @@ from ssm_jax import plots
 from ssm_jax.data import recipe
 from ssm_jax.data.datasets import Dataset, Source
 from ssm_jax.data.resolution import normalize, resample
+from ssm_jax.layers.stems import Rate
 from ssm_jax.summary import summary
 from ssm_jax.training.scores import mean_scores
 from ssm_jax.training.tasks import Classification, MultiLabel, Task, loss_of_logits, rows_of_logits
@@ -58,6 +59,12 @@ class ClassificationProblem:
     def _shape(self, resolution: int) -> tuple[int, ...]:
         frames = () if self.dataset.frames is None else (self.dataset.frames,)
         return (*frames, resolution, resolution, self.dataset.channels)
+
+    def _rate(self, resolution: int) -> Rate:
+        """Base resolution / resolution; of videos for each axis, and over time frames in training / frames."""
+        rate = self.dataset.resolution / resolution
+        frames = self.dataset.frames
+        return rate if frames is None else (self.config.data.frames / frames, rate, rate)
 
     def size(self, resolution: int) -> str:  # noqa: D102
         return f"{resolution} x {resolution}"
@@ -98,13 +105,13 @@ class ClassificationProblem:
             images, targets = recipe.augment_batch(images, targets, key, self.config.augment)
             return resample(images, stage.resolution), targets
 
-        return loss_of_logits(self.task, prepare, rate=self.dataset.resolution / stage.resolution)
+        return loss_of_logits(self.task, prepare, rate=self._rate(stage.resolution))
 
     def evaluate(self, resolution: int) -> Evaluate:  # noqa: D102
         def prepare(images):
             return resample(normalize(images, self.dataset.mean, self.dataset.std), resolution)
 
-        return rows_of_logits(self.task, prepare, rate=self.dataset.resolution / resolution)
+        return rows_of_logits(self.task, prepare, rate=self._rate(resolution))
 
     def tally(self, source: Source) -> "_Tally":  # noqa: D102
         return _Tally(source, self.dataset.multi_label)
@@ -156,7 +163,7 @@ class ClassificationProblem:
         return {"predictions": plots.prediction_sheet(images, labels[shown], predictions[shown], names, title=title)}
 
     def multiply_adds(self, model: nnx.Module, stage: Stage) -> float | None:  # noqa: D102
-        rate = self.dataset.resolution / stage.resolution
+        rate = self._rate(stage.resolution)
         return summary(model, (1, *self._shape(stage.resolution)), rate=rate).total.multiply_adds
 
 

@@ -132,6 +132,7 @@ def check(config: Config) -> None:
         "eval.every_epochs": positive,
         "eval.batch_size": at_least_1,
         "eval.resolutions": (lambda x: all(isinstance(r, int) and r >= 1 for r in x), "whole numbers of at least 1"),
+        "eval.frames": (lambda x: all(isinstance(n, int) and n >= 1 for n in x), "whole numbers of at least 1"),
         "checkpoint_every_epochs": positive,
         "log_every_steps": at_least_1,
     }

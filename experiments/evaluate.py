@@ -32,8 +32,10 @@ def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None 
     with jax.set_mesh(experiment.mesh):
         state, step = restore(experiment, folder, step)
         scores = {r: experiment.evaluate(state, "test", r).scores for r in resolutions}
-    if jax.process_index() == 0:
-        report.print_table(experiment, scores, checkpoint=f"checkpoint of step {step}")
+        checkpoint = f"checkpoint of step {step}"
+        if jax.process_index() == 0:
+            report.print_table(experiment, scores, checkpoint=checkpoint)
+        report.scores_by_frames(experiment, state, checkpoint=checkpoint)
     return scores
 
 

@@ -52,6 +52,10 @@ class Experiment:
     stages: tuple[Stage, ...]
     """At least one, in order."""
 
+    def with_frames(self, frames: int) -> "Experiment":
+        """The same with clips of so many frames in the same time."""
+        return dataclasses.replace(self, dataset=dataclasses.replace(self.dataset, frames=frames))
+
     @functools.cached_property
     def problem(self) -> Problem:
         """What is to be learned."""
@@ -172,6 +176,17 @@ class Experiment:
             return jax.jit(step, donate_argnums=0, out_shardings=(self._shardings, replicated(self.mesh)))
 
         return at
+
+    def check_evaluation(self) -> None:
+        """Raises ValueError, after tracing alone, if the network cannot be evaluated on what there is."""
+        rows = self.mesh.size
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, *shape), dtype)
+            for name, (shape, dtype) in {**self.problem.example, "mask": ((), np.bool_)}.items()
+        }
+        with jax.set_mesh(self.mesh):
+            state = self.abstract_state
+            jax.eval_shape(self.eval_step(self.resolution), state.params, state.rest, batch)
 
     @functools.cached_property
     def eval_step(self) -> Callable[[int], Callable[[Any, Any, Any], dict[str, jax.Array]]]:
@@ -310,7 +325,14 @@ def build(config: Config, *, files: bool = True, devices: Sequence[jax.Device] |
     with section(config, "optimizer"):
         options = {name: config.optimizer[name] for name in _OPTIMIZER}
         optimizer = make_optimizer(_groups(config, params), rates, **options)
-    return Experiment(config, dataset, mesh, optimizer, rates(config.optimizer.lr), stages)
+    experiment = Experiment(config, dataset, mesh, optimizer, rates(config.optimizer.lr), stages)
+    if config.eval.frames:
+        if dataset.frames is None:
+            raise ConfigError(f"config.eval.frames is for videos, got {config.eval.frames} for {config.data.name}.")
+        with section(config, "eval.frames"):  # not every network takes every number
+            for frames in config.eval.frames:
+                experiment.with_frames(frames).check_evaluation()
+    return experiment
 
 
 def _check_mixing(config: Config, parts: int) -> None:

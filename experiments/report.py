@@ -29,10 +29,22 @@ from ssm_jax.training.steps import TrainState
 
 def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> None:
     """Prints the scores of a checkpoint, described in words."""
-    config = experiment.config
+    config, frames = experiment.config, experiment.dataset.frames
     table = experiment.problem.table(scores, experiment.resolution)
-    table.title = f"{config.model.name} on the {config.data.name} test images, {checkpoint}"
+    what = "images" if frames is None else f"clips of {frames} frames"
+    table.title = f"{config.model.name} on the {config.data.name} test {what}, {checkpoint}"
     Console().print(table)
+
+
+def scores_by_frames(experiment: Experiment, state: TrainState, *, checkpoint: str) -> dict[int, dict[str, float]]:
+    """Scores of the test clips at each of `config.eval.frames`, in a table each."""
+    found = {}
+    for frames in experiment.config.eval.frames:
+        other = experiment.with_frames(frames)
+        found[frames] = other.evaluate(state, "test", experiment.resolution).scores
+        if jax.process_index() == 0:
+            print_table(other, {experiment.resolution: found[frames]}, checkpoint=checkpoint)
+    return found
 
 
 def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Scores:
@@ -40,9 +52,12 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
     resolutions = sorted({experiment.resolution, *experiment.config.eval.resolutions})
     evaluations = {resolution: experiment.evaluate(state, "test", resolution) for resolution in resolutions}
     scores = {resolution: evaluation.scores for resolution, evaluation in evaluations.items()}
+    step = int(state.step)
+    checkpoint = f"best checkpoint by {experiment.best_by}, step {step}"
     if jax.process_index() == 0:
-        step = int(state.step)
-        print_table(experiment, scores, checkpoint=f"best checkpoint by {experiment.best_by}, step {step}")
+        print_table(experiment, scores, checkpoint=checkpoint)
+    by_frames = scores_by_frames(experiment, state, checkpoint=checkpoint)
+    if jax.process_index() == 0:
         pictures = {
             "training_curves": plots.training_curves(read_metrics(workdir)),
             **experiment.problem.leave("test", evaluations, experiment.resolution, workdir),
@@ -50,6 +65,8 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
         }
         save_pictures(pictures, workdir / "pictures")
         results = {"step": step, "test": scores, "device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        if by_frames:
+            results["test_by_frames"] = by_frames
         write_file(workdir / "results.json", json.dumps(results, indent=2) + "\n")  # last: the run is finished
         Console().print(f"checkpoints, metrics, pictures and report.html are in {workdir}", soft_wrap=True)
     return scores

@@ -1,10 +1,11 @@
 """results/NAME.json: what came out of a sweep, see `experiments.sweep`, which writes it; and its tables.
 
 The file has the sweep's name, its `paper`, the `command` that starts it, and `tables` by name: `title`, `note`, the
-`metric` that networks are compared by (a share of 1) and `rows` by name: `label`, `model`, `parameters`, `dataset`,
-`images` (how many, by split), `resolution` of training, `steps`, `batch_size` and `runs` by seed, each with its `id`
-and `state`: `missing`; `failed`, with the `error`; or `finished`, with `scores` (by resolution of the test images, then
-by metric), the `seconds` of training, and when, with what and on which devices it was made.
+`metric` that networks are compared by (a share of 1), what they are tested `by`, `resolution` or `frames` of a clip,
+and `rows` by name: `label`, `model`, `parameters`, `dataset`, `images` (how many, by split), `resolution` of training,
+`steps`, `batch_size` and `runs` by seed, each with its `id` and `state`: `missing`; `failed`, with the `error`; or
+`finished`, with `scores` (by resolution or frames, then by metric), the `seconds` of training, and when, with what and
+on which devices it was made.
 """
 
 import json
@@ -63,11 +64,11 @@ def _finished(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scores(row: Row, metric: str) -> dict[int, list[float]]:
-    """Of the finished runs, by resolution of the test images."""
+    """Of the finished runs, by resolution of the test images, or by frames of the test clips."""
     found: dict[int, list[float]] = {}
     for run in row["runs"].values():
-        for resolution, of_run in run.get("scores", {}).items():
-            found.setdefault(int(resolution), []).append(of_run[metric])
+        for tested, of_run in run.get("scores", {}).items():
+            found.setdefault(int(tested), []).append(of_run[metric])
     return dict(sorted(found.items()))
 
 
@@ -77,14 +78,19 @@ def percent(values: Sequence[float]) -> str:
     return f"{mean} ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def resolutions(table: Table) -> list[int]:
-    """Of the test images, of all rows."""
-    return sorted({resolution for row in table["rows"].values() for resolution in scores(row, table["metric"])})
+def tested_at(table: Table) -> list[int]:
+    """Resolutions of the test images, or frames of the test clips, of all rows."""
+    return sorted({tested for row in table["rows"].values() for tested in scores(row, table["metric"])})
+
+
+def size(table: Table, tested: int) -> str:
+    """Of these images or clips, in words."""
+    return f"{tested} frames" if table["by"] == "frames" else f"{tested} x {tested}"
 
 
 def columns(table: Table) -> list[str]:
     """Of the table; the cells are those of `rows`."""
-    tested = [f"{resolution} x {resolution}, %" for resolution in resolutions(table)]
+    tested = [f"{size(table, tested)}, %" for tested in tested_at(table)]
     return ["network", "parameters", "training", "runs", *tested]
 
 
@@ -103,7 +109,7 @@ def rows(table: Table) -> list[list[str]]:
                 f"{row['parameters']:,}",
                 f"{statistics.median(seconds) / 60:.1f} min" if seconds else "",
                 f"{len(done)} of {len(runs)}" + (f" (failed: seed {', '.join(failed)})" if failed else ""),
-                *(percent(of_row[size]) if size in of_row else "" for size in resolutions(table)),
+                *(percent(of_row[tested]) if tested in of_row else "" for tested in tested_at(table)),
             ]
         )
     return cells
@@ -117,11 +123,13 @@ def caption(table: Table) -> str:
     devices = dict.fromkeys(
         f"{run['devices']} x {run['device']}" for row in of for run in row["runs"].values() if "device" in run
     )
-    several = any(len(row["runs"]) > 1 for row in of)
+    metric = score_title(table["metric"])
+    tested = "clips, by frames" if table["by"] == "frames" else "images, by resolution"
+    seeds = "; mean and standard deviation over seeds" if any(len(row["runs"]) > 1 for row in of) else ""
     return (
-        f"{'; '.join(sizes)}; {' or '.join(budgets)}. {score_title(table['metric']).capitalize()} on the test images, "
-        f"by their size, at the best checkpoint by validation{'; mean and standard deviation over seeds' * several}. "
-        f"Median time of training on {', '.join(devices) or 'nothing yet'}. {table['note']}"
+        f"{'; '.join(sizes)}; {' or '.join(budgets)}. {metric[0].upper()}{metric[1:]} on the test {tested}, at the "
+        f"best checkpoint by validation{seeds}. Median time of training on {', '.join(devices) or 'nothing yet'}. "
+        f"{table['note']}"
     ).strip()
 
 

@@ -153,27 +153,15 @@ def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
         if key not in experiments:
             try:
                 experiments[key] = build(run.config)
-                _apply(experiments[key])
+                if not is_detector(run.config):  # images are not refused before
+                    with section(run.config, "model"):
+                        experiments[key].check_evaluation()
             except ConfigError as error:
                 message = str(error).replace("config.", f"config.tables.{run.table}.rows.{run.row}.run.")
                 raise ConfigError(message) from error
         if run.workdir.exists():
             claim_workdir(run.workdir, run.config)
     return experiments
-
-
-def _apply(experiment: Experiment) -> None:
-    """Evaluates a batch of which only the shape is known: that is when a network refuses images."""
-    if is_detector(experiment.config):
-        return
-    rows = experiment.mesh.size
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *shape), dtype)
-        for name, (shape, dtype) in {**experiment.problem.example, "mask": ((), np.bool_)}.items()
-    }
-    with section(experiment.config, "model"), jax.set_mesh(experiment.mesh):
-        state = experiment.abstract_state
-        jax.eval_shape(experiment.eval_step(experiment.resolution), state.params, state.rest, batch)
 
 
 def _train_all(runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
@@ -227,7 +215,8 @@ def _table(options: Config, runs: Sequence[Run], experiments: dict[tuple[str, st
             "batch_size": experiment.config.batch_size,
             "runs": {str(run.seed): _known(run, experiment) for run in of_row},
         }
-    return {"metric": experiment.problem.score, "rows": rows}
+    by = "frames" if experiment.config.eval.frames else "resolution"
+    return {"metric": experiment.problem.score, "by": by, "rows": rows}
 
 
 def _known(run: Run, experiment: Experiment) -> dict[str, Any]:
@@ -241,7 +230,7 @@ def _known(run: Run, experiment: Experiment) -> dict[str, Any]:
     return {
         "id": run.name,
         "state": "finished",
-        "scores": found["test"],
+        "scores": found.get("test_by_frames", found["test"]),
         "seconds": _training_seconds(run, experiment),
         "ended": last.get("end"),
         **{name: last[name] for name in ("device", "devices", "commit", "versions")},
@@ -289,7 +278,7 @@ def picture(found: dict[str, Any]) -> Figure:
     panels = []
     for of_table in found["tables"].values():
         scores = {row["label"]: results.scores(row, of_table["metric"]) for row in of_table["rows"].values()}
-        panels.append((of_table["title"], scores))
+        panels.append((of_table["title"], of_table["by"], scores))
     return plots.score_panels(panels)
 
 
@@ -326,7 +315,7 @@ if __name__ == "__main__":
 
     def main() -> None:
         """Runs the command."""
-        file = config_flags.get_config_filename(flags.FLAGS["config"])
+        file = str(config_flags.get_config_filename(flags.FLAGS["config"]))
         name = name_of(file)
         found = sweep(
             config_flag.value,

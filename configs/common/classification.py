@@ -88,6 +88,7 @@ def get_config() -> ConfigDict:
                 "interpolation": "bicubic",
                 "short_side": 256,  # of a video
                 "resolutions": (),  # of the test images in the final table, besides that of training
+                "frames": (),  # of the test clips in further tables, in the same time: other frame rates
             },
             "checkpoint_every_epochs": 1.0,  # besides after every evaluation
             "log_every_steps": 50,

@@ -6,12 +6,18 @@ from ml_collections import ConfigDict, config_dict
 
 
 def sweep(paper: str, tables: Mapping[str, ConfigDict]) -> ConfigDict:
-    """Tables of a `paper`, "s4nd" or "s6la", of runs with three seeds whose datasets are all in `config.data_dir`."""
-    config = ConfigDict({"paper": paper, "seeds": (0, 1, 2), "data_dir": config_dict.FieldReference("")})
+    """Tables of a `paper`, "s4nd" or "s6la", of runs with three seeds.
+
+    All datasets are in `config.data_dir`, but HMDB-51, which has a folder of its own, `config.video_dir`.
+    """
+    config = ConfigDict({"paper": paper, "seeds": (0, 1, 2)})
     config.tables = ConfigDict(dict(tables), sort_keys=False)
     for options in config.tables.values():
         for row in options.rows.values():
-            row.run.data.dir = config.get_ref("data_dir")
+            folder = "video_dir" if row.run.data.name == "hmdb51" else "data_dir"
+            if folder not in config:
+                config[folder] = config_dict.FieldReference("")
+            row.run.data.dir = config.get_ref(folder)
     return config
 
 

@@ -134,44 +134,48 @@ def accuracy_by_resolution(accuracies: Mapping[int, float], *, trained_at: int, 
     return figure
 
 
-def score_panels(panels: Sequence[tuple[str, Mapping[str, Mapping[int, Sequence[float]]]]]) -> Figure:
-    """Shares of 1, a panel for each title and what there is by labels: scores of runs by resolution.
+def score_panels(panels: Sequence[tuple[str, str, Mapping[str, Mapping[int, Sequence[float]]]]]) -> Figure:
+    """Shares of 1, a panel for each (title, by, scores of runs), these by label and by `resolution` or `frames`.
 
     Of several resolutions there is a line through the means, with standard deviations as error bars; of one, dots for
     the runs of each label and a mark at their mean.
     """
     columns = min(len(panels), 2)
     lines = -(-len(panels) // columns)
-    tallest = max(len(labels) for _, labels in panels)
+    tallest = max(len(labels) for *_, labels in panels)
     figure = Figure(figsize=(5.2 * columns, max(3.6, 1.2 + 0.3 * tallest) * lines), layout="constrained")
     sheet = figure.subplots(lines, columns, squeeze=False)
     for axes in sheet.flat[len(panels) :]:
         axes.set_axis_off()
-    for axes, (title, labels) in zip(sheet.flat, panels, strict=False):
-        resolutions = sorted({resolution for runs in labels.values() for resolution in runs})
-        (_lines if len(resolutions) > 1 else _dots)(axes, labels, resolutions)
+    for axes, (title, by, labels) in zip(sheet.flat, panels, strict=False):
+        tested = sorted({place for runs in labels.values() for place in runs})
+        if len(tested) > 1:
+            _lines(axes, labels)
+            axes.set_xticks(tested, [str(place) if by == "frames" else f"{place} x {place}" for place in tested])
+            axes.set_xlabel("frames of the test clips" if by == "frames" else "resolution of the test images")
+        else:
+            _dots(axes, labels)
         axes.set_title(title, fontsize=9)
     return figure
 
 
-def _lines(axes: Axes, labels: Mapping[str, Mapping[int, Sequence[float]]], resolutions: Sequence[int]) -> None:
+def _lines(axes: Axes, labels: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
     for i, (label, runs) in enumerate(labels.items()):
         if runs:
             means = [100 * float(np.mean(values)) for values in runs.values()]
             spread = [100 * float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in runs.values()]
             # A little to the side of each other, or error bars hide each other.
-            places = [resolution * 2 ** (0.03 * (i - (len(labels) - 1) / 2)) for resolution in runs]
+            places = [place * 2 ** (0.03 * (i - (len(labels) - 1) / 2)) for place in runs]
             axes.errorbar(places, means, spread, fmt="o-", color=f"C{i}", capsize=3, markersize=4, label=label)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(resolutions, [f"{r} x {r}" for r in resolutions])
     axes.minorticks_off()
-    axes.set(xlabel="resolution of the test images", ylabel="test score, %", ylim=(0, None))
+    axes.set(ylabel="test score, %", ylim=(0, None))
     axes.legend(frameon=False, fontsize=7)
 
 
-def _dots(axes: Axes, labels: Mapping[str, Mapping[int, Sequence[float]]], resolutions: Sequence[int]) -> None:
+def _dots(axes: Axes, labels: Mapping[str, Mapping[int, Sequence[float]]]) -> None:
     for place, runs in enumerate(labels.values()):
-        dots = [100 * value for resolution in resolutions for value in runs.get(resolution, ())]
+        dots = [100 * value for values in runs.values() for value in values]
         axes.plot(dots, [place] * len(dots), "o", color=BLUE, alpha=0.6, markersize=5)
         if dots:
             axes.plot([float(np.mean(dots))] * 2, [place - 0.3, place + 0.3], color=ORANGE, linewidth=2)

@@ -10,6 +10,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ssm_jax.layers.stems import Rate
+
 Metrics = dict[str, Any]
 Batch = dict[str, Any]
 
@@ -91,12 +93,13 @@ Task = Classification | MultiLabel
 
 
 def loss_of_logits(
-    task: Task, prepare: Callable[[Array, Array, Array], tuple[Array, Array]], *, rate: float = 1.0
+    task: Task, prepare: Callable[[Array, Array, Array], tuple[Array, Array]], *, rate: Rate = 1.0
 ) -> Callable[[Any, Batch, Array], tuple[Array, Metrics]]:
     """What `make_train_step` takes as `loss`.
 
     `prepare` turns raw images, targets and a key into the model's input and the targets that go with it; `rate` is
-    base resolution / resolution of that input. The model is called as `model(images, rate=..., rngs=...)`.
+    base resolution / resolution of that input, or one for each axis. The model is called as
+    `model(images, rate=..., rngs=...)`.
     """
 
     def loss(model: Any, batch: Batch, key: Array) -> tuple[Array, Metrics]:
@@ -108,7 +111,7 @@ def loss_of_logits(
 
 
 def rows_of_logits(
-    task: Task, prepare: Callable[[Array], Array], *, rate: float = 1.0
+    task: Task, prepare: Callable[[Array], Array], *, rate: Rate = 1.0
 ) -> Callable[[Any, Batch], dict[str, Array]]:
     """What `make_eval_step` takes as `evaluate`: the task's scores of each row, `logits`, `label` and `mask`."""
 
