@@ -27,8 +27,6 @@ from experiments.config import Config
 from ssm_jax.data.datasets import outline
 from ssm_jax.detection import create_detector
 
-_MARKDOWN = flags.DEFINE_string("markdown", None, "File to write the table to.")
-
 _FOLDER = Path(configs.__file__).parent
 
 _INTRODUCTION = """\
@@ -133,14 +131,15 @@ def print_table() -> None:
     Console().print(table)
 
 
-def main(argv: list[str]) -> None:
-    """Does what the module says."""
-    del argv
-    if _MARKDOWN.value:
-        Path(_MARKDOWN.value).write_text(markdown())
-    else:
-        print_table()
-
-
 if __name__ == "__main__":
+    _MARKDOWN = flags.DEFINE_string("markdown", None, "File to write the table to.")
+
+    def main(argv: list[str]) -> None:
+        """Does what the module says."""
+        del argv
+        if _MARKDOWN.value:
+            Path(_MARKDOWN.value).write_text(markdown())
+        else:
+            print_table()
+
     app.run(main)

@@ -54,8 +54,9 @@ def dataset_of_objects(config: Config, dataset: Dataset) -> Dataset:
                 f"max_objects must be at least {train.most_objects}, the objects of one of the training "
                 f"images, got {config.data.max_objects}."
             )
-        for name in splits.keys() - {"train"}:
-            splits[name].with_objects()  # raises ValueError where nothing could be scored
+        for images in splits.values():
+            if isinstance(images, Images):
+                images.with_objects()  # raises ValueError where nothing could be scored
     return dataclasses.replace(dataset, splits=splits, resolution=config.data.sides[0])
 
 

@@ -17,7 +17,7 @@ from experiments.config import flatten, write_file
 from ssm_jax import plots
 from ssm_jax.training.metrics import read_metrics
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --quiet: #777; --accent: #2f6db5; }
 @media (prefers-color-scheme: dark) { :root { --quiet: #999; --accent: #79aee8; } }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 0 auto; padding: 1rem; }
@@ -70,7 +70,7 @@ def page(workdir: epath.PathLike) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(parts)
         + "\n</body>\n</html>\n"
     )

@@ -139,6 +139,7 @@ if __name__ == "__main__":
         """Runs the command."""
         profile = None if _PROFILE.value is None else parse_profile(_PROFILE.value)
         writers = [find_writer(name) for name in _WRITER.value]
+        assert workdir_flag.value is not None
         train(config_flag.value, workdir_flag.value, profile=profile, writers=writers)
 
     flags.mark_flag_as_required("workdir")

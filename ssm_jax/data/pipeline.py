@@ -272,14 +272,15 @@ class _EvalRow:
 
 def _read(read: Callable[[int], dict[str, Any]], index: int, another: Callable[[int], int]) -> dict[str, Any]:
     """The example `index`, or where it is broken, the first of others that is not; `broken` tells which one was."""
-    broken = -1
+    broken, last = -1, None
     for _ in range(_TRIES):
         try:
             return {**read(index), "broken": np.int64(broken)}
-        except BrokenExampleError:
+        except BrokenExampleError as error:
+            last = error
             broken = index if broken < 0 else broken
             index = another(index)
-    raise BrokenDataError(f"{_TRIES} examples one after the other cannot be read.")
+    raise BrokenDataError(f"{_TRIES} examples one after the other cannot be read, the last because: {last}")
 
 
 @dataclasses.dataclass(frozen=True)

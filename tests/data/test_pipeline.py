@@ -255,7 +255,7 @@ def test_more_unreadable_examples_than_allowed_end_the_run():
 
 
 def test_nothing_readable_is_said_at_once():
-    with pytest.raises(BrokenDataError, match="100 examples one after the other cannot be read"):
+    with pytest.raises(BrokenDataError, match="100 examples one after the other cannot be read, the last because: "):
         take(training(source=Images(range(COUNT)), max_broken=1.0), 1)
 
 

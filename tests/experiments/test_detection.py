@@ -190,7 +190,7 @@ def test_an_image_that_cannot_be_read_is_neither_scored_nor_drawn(small, finishe
     evaluation = experiment.evaluate(state, "test", experiment.resolution)
     assert set(evaluation.rows["image_ids"]) == {0, 1, 2, 3} - {first}
     left = experiment.problem.leave("test", {experiment.resolution: evaluation}, experiment.resolution, tmp_path)
-    read = sum(example["image_id"] != first for example in source)
+    read = sum(source[i]["image_id"] != first for i in range(len(source)))
     assert left["detections"].get_suptitle() == f"{read} test images"
 
 

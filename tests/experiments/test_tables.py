@@ -1,0 +1,155 @@
+"""The papers' tables, of results that are made here, and those that are committed."""
+
+import fnmatch
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments import results, tables
+from experiments.config import ConfigError
+from experiments.configs import recipes
+from experiments.published import CLAIMS, GROUPS
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(accuracy=None, error=None):
+    if accuracy is None:
+        return {"id": "a/b/seed_1"} | ({"state": "failed", "error": error} if error else {"state": "missing"})
+    known = {"ended": "2026-01-01", "device": "cpu", "devices": 1, "commit": "abc", "versions": {}}
+    scores = {"8": {"accuracy": accuracy}, "32": {"accuracy": accuracy / 2}}
+    return {"id": "a/b/seed_0", "state": "finished", "scores": scores, "seconds": 90.0, **known}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Results of a sweep called zero_shot with two rows, and a compile report."""
+    row = {"model": "isotropic_s4nd", "parameters": 1234, "dataset": "CIFAR-10", "resolution": 8, "steps": 10}
+    row |= {"images": {"train": 100, "val": 10, "test": 10}, "batch_size": 5}
+    rows = {
+        "s4nd": {"label": "S4ND", **row, "runs": {"0": run(0.5), "1": run(0.6)}},
+        "conv": {"label": "Conv2D", **row, "runs": {"0": run(0.4), "1": run(error="out of memory")}},
+    }
+    table = {"title": "From 8", "note": "Width 64.", "metric": "accuracy", "by": "resolution", "rows": rows}
+    found = {"paper": "s4nd", "sweep": "zero_shot", "command": "a command", "tables": {"from_8": table}}
+    (tmp_path / "zero_shot.json").write_text(json.dumps(found))
+    stage = {"seconds": 0.36, "mesh": {"data": 32, "fsdp": 2}, "device": "TPU v5e"}
+    report = {"topology": "v5e:8x8", "slices": 1, "stages": [stage]}
+    (tmp_path / "compile").mkdir()
+    (tmp_path / "compile/s6la-imagenet_resnet50-v5e-8x8.json").write_text(json.dumps(report))
+    return tmp_path
+
+
+def cells(page, title):
+    """Of the table under a title of a page in Markdown."""
+    lines = page.partition(f"### {title}\n\n")[2].splitlines()
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines)
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if not row.startswith("| :--")]
+
+
+def page(folder):
+    found, hours = results.load(folder), tables.tpu_hours(folder / "compile")
+    return tables.markdown({paper: [*tables.sheets(paper, found, hours)] for paper in tables.PAPERS})
+
+
+def test_every_recipe_of_a_paper_is_in_one_table():
+    for recipe in recipes():
+        paper = recipe.name.partition("/")[0]
+        if paper in tables.PAPERS and recipe.name != "s4nd/digits.py":
+            of = [g for g in GROUPS if any(fnmatch.fnmatch(recipe.name, pattern) for pattern in g.recipes)]
+            assert [group.paper for group in of] == [paper], recipe.name
+
+
+def test_published_numbers_are_those_of_the_recipes(folder):
+    known = {recipe.name: recipe.config.published for recipe in recipes()}
+    rows = cells(page(folder), "ImageNet-1k (section 4.1)")[1:]
+    assert len(rows) == 5
+    for name, value, source, here, command, _ in rows:
+        assert source == known[name].source
+        assert value == ("" if known[name].value is None else f"{known[name].value} {known[name].metric}")
+        assert here == "not run"
+        assert command.startswith(f"`python -m experiments.train --config=configs/{name} --workdir=runs/")
+
+
+def test_claims_say_how_sure_they_are():
+    assert {claim.paper for claim in CLAIMS} == set(tables.PAPERS)
+    assert all(claim.value and claim.source and claim.status for claim in CLAIMS)
+    assert not any("S6LA's paper" in claim.source for claim in CLAIMS)  # nobody here could read it
+
+
+def test_results_are_means_and_deviations_of_the_runs(folder):
+    found = cells(page(folder), "From 8 (here, at a reduced size)")
+    assert found[0] == ["network", "parameters", "training", "runs", "8 x 8, %", "32 x 32, %"]
+    assert found[1] == ["S4ND", "1,234", "1.5 min", "2 of 2", "55.00 ± 7.07", "27.50 ± 3.54"]
+    assert found[2] == ["Conv2D", "1,234", "1.5 min", "1 of 2 (failed: seed 1)", "40.00", "20.00"]
+    text = page(folder)
+    assert "CIFAR-10 (100 training images); 10 steps of 5." in text
+    assert "Runs zero_shot/from_8/*; `a command`." in text
+    assert "At a reduced size: zero_shot, below." in text
+
+
+def test_tpu_hours_are_steps_times_chips(folder):
+    """ResNet-50's recipe: 120 epochs of 1,281,167 images in batches of 256."""
+    steps = 120 * (1_281_167 // 256)
+    hours = 0.36 * steps * 64 / 3600
+    row = {row[0]: row for row in cells(page(folder), "ResNets on ImageNet-1k")}
+    assert row["s6la/imagenet_resnet50.py"][-1] == f"{hours:,.0f} TPU v5e"
+    assert row["s6la/imagenet_resnet101.py"][-1] == "not compiled"
+
+
+def test_pages_in_html_have_the_same_cells(folder):
+    found, hours = results.load(folder), tables.tpu_hours(folder / "compile")
+    made = tables.html({"s4nd": [*tables.sheets("s4nd", found, hours)]})
+    assert "<td>55.00 ± 7.07</td>" in made
+    assert "<code>python -m experiments.train --config=configs/s4nd/cifar10_iso.py" in made
+    assert "http" not in made.partition("</style>")[2].replace("https://", "http")
+
+
+def test_a_terminal_is_not_too_narrow(folder, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "100")
+    tables.print_sheets({"s4nd": [*tables.sheets("s4nd", results.load(folder), {})]})
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "55.00 ± 7.07" in printed
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"topology": "v5e:8x8", "slices": 1, "stages": [{}]}'])
+def test_a_file_that_is_no_compile_report_is_named(folder, text):
+    (folder / "compile/s6la-imagenet_resnet50-v5e-8x8.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"resnet50-v5e-8x8\.json is no report of experiments\.compile"):
+        tables.tpu_hours(folder / "compile")
+
+
+def test_a_compile_report_of_no_recipe_is_refused(folder):
+    (folder / "compile/s6la-imagenet_resnet50-v5e-8x8.json").rename(folder / "compile/net-v5e-8x8.json")
+    with pytest.raises(ConfigError, match=r"net-v5e-8x8\.json is of no recipe"):
+        tables.tpu_hours(folder / "compile")
+
+
+def test_a_page_without_markers_is_refused():
+    with pytest.raises(ConfigError, match="--readme must be a page with"):
+        tables.renewed("no markers", "text")
+
+
+def test_what_is_committed_is_made_of_the_results():
+    """`python -m experiments.tables --markdown=docs/tables.md --readme=README.md` writes both."""
+    readme = (ROOT / "README.md").read_text()
+    assert tables.renewed(readme, tables.of_readme(results.load(ROOT / "results"))) == readme
+    assert page(ROOT / "results") == (ROOT / "docs/tables.md").read_text()
+
+
+def test_the_committed_results_are_of_finished_runs():
+    found = results.load(ROOT / "results")
+    assert found
+    for of_sweep in found.values():
+        runs = [r for t in of_sweep["tables"].values() for row in t["rows"].values() for r in row["runs"].values()]
+        assert {r["state"] for r in runs} == {"finished"}
+        assert all(r["commit"] and "dirty" not in r["commit"] for r in runs)
+
+
+def test_an_unknown_paper_is_answered_with_those_there_are(command):
+    done = command("experiments.tables", config=None, tiny=False).run("s5nd")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: there are tables of s4nd and s6la, got s5nd."
