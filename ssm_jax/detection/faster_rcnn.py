@@ -25,7 +25,7 @@ from ssm_jax.detection.matching import BELOW, check_options, match, sample
 from ssm_jax.detection.roi_align import pyramid_roi_align
 from ssm_jax.detection.rpn import RPN
 from ssm_jax.detection.selection import best_detections, of_images
-from ssm_jax.detection.structures import Detections, Objects
+from ssm_jax.detection.structures import Detections, Objects, check_sizes
 from ssm_jax.layers.conv import kaiming_normal
 from ssm_jax.layers.linear import linear, uniform_init
 
@@ -263,6 +263,8 @@ class FasterRCNN(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"], sizes: Num[Array, "b 2"]) -> Detections:
         """Detections in images whose parts of `sizes`, height and width, are no padding."""
+        check_sizes(images, sizes)
+        sizes = jnp.asarray(sizes)
         pyramid = self.fpn(self.backbone(images))
         shape = map_size(images)
         propose = functools.partial(self.rpn.propose, training=False)

@@ -24,7 +24,7 @@ from ssm_jax.detection.fpn import FPN, P6P7, ConvNorm, Pyramid, map_size
 from ssm_jax.detection.losses import giou_loss, smooth_l1
 from ssm_jax.detection.matching import BETWEEN, check_options, match
 from ssm_jax.detection.selection import best_detections, best_of_maps, of_images, of_maps
-from ssm_jax.detection.structures import Detections, Objects
+from ssm_jax.detection.structures import Detections, Objects, check_sizes
 
 normal_init = jax.nn.initializers.normal(0.01)
 
@@ -163,8 +163,9 @@ class RetinaNet(nnx.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"], sizes: Num[Array, "b 2"]) -> Detections:
         """Detections in images whose parts of `sizes`, height and width, are no padding."""
+        check_sizes(images, sizes)
         logits, deltas, anchors = self.outputs(images)
-        return of_images(self._detect, (logits, deltas, sizes), anchors)
+        return of_images(self._detect, (logits, deltas, jnp.asarray(sizes)), anchors)
 
     def losses(
         self,

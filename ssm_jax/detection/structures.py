@@ -1,7 +1,8 @@
 """What detectors are given and what they give: fixed numbers of objects per image, of which some are padding."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -19,6 +20,15 @@ class Objects(NamedTuple):
     """1 inside of the object and 0 outside, on a grid over a part of the image: all of it, or the object's crop."""
     mask_boxes: Float[Array, "b n 4"] | None = None
     """That part, in pixels. Outside of it the mask is 0."""
+
+
+def check_sizes(images: Any, sizes: Any) -> None:
+    """Raises ValueError unless there are a height and a width for each image."""
+    if jnp.shape(sizes) != (len(images), 2):
+        raise ValueError(
+            f"sizes must be an array of shape ({len(images)}, 2), height and width of each image without padding, got "
+            f"{jnp.shape(sizes)}."
+        )
 
 
 class Detections(NamedTuple):

@@ -1,9 +1,11 @@
 import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from ssm_jax.detection import create_detector, list_detectors
 from ssm_jax.detection.fpn import FPN
+from ssm_jax.detection.structures import check_sizes
 from ssm_jax.layers.norm import BatchNorm
 
 
@@ -94,3 +96,10 @@ def test_the_width_of_the_pyramid_is_that_of_all_heads():
 def test_options_that_cannot_be_are_refused_by_their_names(name, options, message):
     with pytest.raises(ValueError, match=message):
         abstract(name, 3, **options)
+
+
+@pytest.mark.parametrize("sizes", [[(64, 96)] * 2, (64, 96), [(64, 96, 3)]])
+def test_sizes_are_of_each_image(sizes):
+    with pytest.raises(ValueError, match=r"^sizes must be an array of shape \(1, 2\), height and width of each image"):
+        check_sizes(jnp.zeros((1, 64, 96, 3)), sizes)
+    check_sizes(jnp.zeros((1, 64, 96, 3)), [(64, 96)])
