@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
@@ -24,10 +24,10 @@ class Objects(NamedTuple):
 
 def check_sizes(images: Any, sizes: Any) -> None:
     """Raises ValueError unless there are a height and a width for each image."""
-    if jnp.shape(sizes) != (len(images), 2):
+    if np.shape(sizes) != (len(images), 2):
         raise ValueError(
             f"sizes must be an array of shape ({len(images)}, 2), height and width of each image without padding, got "
-            f"{jnp.shape(sizes)}."
+            f"{np.shape(sizes)}."
         )
 
 

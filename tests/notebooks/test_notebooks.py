@@ -73,7 +73,17 @@ def check_your_own_model(text):
     assert float(moved) > 0
 
 
+def check_reproduce_tables(text):
+    (gain,) = re.findall(r"^([\d.]+) points apart", text, re.MULTILINE)
+    assert float(gain) >= 20
+    scores = [float(value) for value in re.findall(r"'([\d.]+) %'", text)]
+    assert len(scores) == 3  # digits at 4 x 4, 8 x 8 and 16 x 16
+    assert max(scores) > 80
+    assert re.search(r"^\d+ recipes are in configs/$", text, re.MULTILINE)
+
+
 CHECKS = {
+    "reproduce_tables": check_reproduce_tables,
     "s4nd_tour": check_s4nd_tour,
     "s6la_tour": check_s6la_tour,
     "your_own_model": check_your_own_model,
