@@ -3,7 +3,7 @@ r"""S4ND in a small ConvNeXt and a small ViT, against both without it, on 20 cla
     python -m experiments.sweep --config=configs/sweeps/tiny_imagenet.py --config.data_dir=FOLDER
 
 FOLDER has `tiny_imagenet20/` as TensorFlow Datasets prepares it. The paper's networks (S4ND, section 4.1) are
-configs/s4nd/imagenet_*.py.
+configs/s4nd/imagenet_*.py. What comes after a colon are the tables, `convnext`, `vit` or both, with a comma between.
 """
 
 from typing import Any
@@ -17,7 +17,8 @@ CONVNEXT = {"img_size": 64, "depths": (1, 1, 2, 1), "dims": (32, 64, 128, 256)}
 VIT = {"img_size": 64, "patch_size": 8, "d_model": 96, "depth": 4}
 
 
-def get_config() -> ConfigDict:
+def get_config(argument: str = "convnext,vit") -> ConfigDict:
+    chosen = argument.split(",")
     convnext = {
         "convnext": sweeps.row("ConvNeXt-M", run("convnext_micro", **CONVNEXT, sizes=(32, 48, 64))),
         "s4nd": sweeps.row("S4ND-ConvNeXt-M", run("convnext_micro_s4nd", **CONVNEXT, sizes=(32, 48, 64))),
@@ -32,7 +33,12 @@ def get_config() -> ConfigDict:
         "convnext": sweeps.table("ConvNeXt on tiny_imagenet20", of_convnext, convnext),
         "vit": sweeps.table("ViT on tiny_imagenet20", of_vit, vit),
     }
-    return sweeps.sweep("s4nd", tables)
+    if unknown := set(chosen) - set(tables):
+        raise ValueError(
+            f"--config=configs/sweeps/tiny_imagenet.py:TABLES takes any of {', '.join(tables)}, got "
+            f"{', '.join(sorted(unknown))!r}."
+        )
+    return sweeps.sweep("s4nd", {name: table for name, table in tables.items() if name in chosen})
 
 
 def run(name: str, *, sizes: tuple[int, ...] = (), **model: Any) -> ConfigDict:

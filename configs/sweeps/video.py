@@ -3,8 +3,8 @@ r"""Small ConvNeXts over video, inflated from networks over images: I3D, S3D and
     python -m experiments.sweep --config=configs/sweeps/video.py --config.data_dir=FOLDER --config.video_dir=VIDEOS
 
 FOLDER has `tiny_imagenet20/` as TensorFlow Datasets prepares it, on which a ConvNeXt and an S4ND-ConvNeXt are trained
-first. VIDEOS is in HMDB-51's layout. Trained on 24 frames of 2 seconds and tested on 48 too: at half the time between
-frames, which S4ND is told as the `rate` of its time axis. The paper has no such test. Its own size is
+first. VIDEOS is in HMDB-51's layout. Trained on 12 frames of 0.96 seconds, 12.5 a second, and tested on 24 too, 25
+a second, which S4ND is told as the `rate` of its time axis. The paper has no such test. Its own size is
 configs/s4nd/hmdb51_*.py.
 """
 
@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     size = "Stages of 1, 1, 2, 1 blocks of width 32 to 256"
     tables = {
         "images": sweeps.table("Networks over images, of which those over video are made", f"{size}.", before),
-        "videos": sweeps.table("Inflated ConvNeXts on video", f"{size}; trained on 24 frames of 64 x 64.", rows),
+        "videos": sweeps.table("Inflated ConvNeXts on video", f"{size}; trained on 12 frames of 48 x 48.", rows),
     }
     return sweeps.sweep("s4nd", tables)
 
@@ -55,14 +55,14 @@ def images(name: str) -> ConfigDict:
 
 def videos(name: str) -> ConfigDict:
     """The paper's recipe, of short training with a larger rate for few videos."""
-    config = hmdb51.convnext(name, rand_augment="", img_size=(24, SIZE, SIZE), **NETWORK, **mixer(name))
+    config = hmdb51.convnext(name, rand_augment="", img_size=(12, 48, 48), **NETWORK, **mixer(name))
     config.dtype = "float32"
-    config.data.update(frames=24, image_size=SIZE)
-    config.augment.short_side = (SIZE, 80)
+    config.data.update(frames=12, seconds=0.96, image_size=48)
+    config.augment.short_side = (48, 60)
     config.batch_size, config.accumulate = 8, 1
     config.epochs = 20.0
     config.optimizer.update(lr=3e-4, ssm_lr=3e-4, warmup_epochs=2.0)
-    config.eval.update(every_epochs=5.0, short_side=SIZE, batch_size=16, frames=(24, 48))
+    config.eval.update(every_epochs=5.0, short_side=48, batch_size=16, frames=(12, 24))
     config.checkpoint_every_epochs = 5.0
     return config
 
