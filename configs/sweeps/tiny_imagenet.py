@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs.common import classification, sweeps
 
-EPOCHS = 12.0
+EPOCHS = 6.0
 CONVNEXT = {"img_size": 64, "depths": (1, 1, 2, 1), "dims": (32, 64, 128, 256)}
 VIT = {"img_size": 64, "patch_size": 8, "d_model": 96, "depth": 4}
 
