@@ -30,7 +30,12 @@ class Claim(NamedTuple):
 
 
 GROUPS = (
-    Group("s4nd", "ImageNet-1k (section 4.1)", ("s4nd/imagenet_*",), ("tiny_imagenet", "tiny_imagenet_convnext", "tiny_imagenet_vit")),
+    Group(
+        "s4nd",
+        "ImageNet-1k (section 4.1)",
+        ("s4nd/imagenet_*",),
+        ("tiny_imagenet", "tiny_imagenet_convnext", "tiny_imagenet_vit"),
+    ),
     Group("s4nd", "Video, HMDB-51 (section 4.2)", ("s4nd/hmdb51_*",), ("video",)),
     Group(
         "s4nd",

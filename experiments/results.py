@@ -134,6 +134,6 @@ def caption(table: Table) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for GitHub, the first column to the left and the others to the right."""
-    signs = [":--", *["--:"] * (len(columns) - 1)]
+    """A table for GitHub, with columns of numbers to the right."""
+    signs = ["--:" if all(row[i][:1].isdigit() for row in rows) else ":--" for i in range(len(columns))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, signs, *rows])

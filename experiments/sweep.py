@@ -33,6 +33,7 @@ from absl import flags
 from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import config_flags
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -183,18 +184,18 @@ def _train_all(runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
 
 def _train(run: Run) -> None:
     try:
-        if run.weights is not None and not _finished(run.weights):
-            raise RuntimeError(f"it starts from {run.weights}, which is not finished")
         claim_workdir(run.workdir, run.config)
         run.error.unlink(missing_ok=True)
+        if run.weights is not None and not _finished(run.weights):
+            raise RuntimeError(f"it starts from {run.weights}, which is not finished")
         train(run.config, run.workdir)
     except Stopped:
         raise
     except Exception as error:  # whatever it is, the others can go on
         first = traceback.format_exception_only(error)[-1].strip()
         print(f"{run.name} failed: {first}", flush=True)
-        run.workdir.mkdir(parents=True, exist_ok=True)
-        write_file(run.error, first + "\n" + traceback.format_exc())
+        if run.workdir.exists():
+            write_file(run.error, first + "\n" + traceback.format_exc())
     jax.clear_caches()  # the next run has other functions
 
 
@@ -256,9 +257,9 @@ def _write(found: dict[str, Any], workdir: epath.Path, out: epath.Path) -> None:
     sections = []
     for of_table in found["tables"].values():
         columns, rows, caption = results.columns(of_table), results.rows(of_table), results.caption(of_table)
-        table = Table(title=of_table["title"], caption=caption)
+        table = Table(title=of_table["title"], caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in columns:
-            table.add_column(column, justify="left" if column == columns[0] else "right")
+            table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=column == columns[0])
         for row in rows:
             table.add_row(*row)
         Console().print(table)

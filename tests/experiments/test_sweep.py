@@ -200,6 +200,8 @@ def test_a_row_starts_from_the_weights_of_another_one_of_its_seed(config, run, t
             assert there["weights"] == str(tmp_path / f"runs/digits/plain/seed_{seed}")
     assert states(found, "s6la") == {"0": "finished", "1": "failed"}
     assert "starts from" in module.failures(found)["digits/s6la/seed_1"]
+    trained.failing = ()
+    assert not module.failures(run(made))
 
 
 def test_progress_is_told_over_all_runs(config, run, trained, capsys):
