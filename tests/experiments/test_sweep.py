@@ -414,7 +414,7 @@ def test_some_tables_can_be_chosen():
     assert list(aggregation.get_config("cifar10_resnet,quick").tables) == ["cifar10_resnet"]
     chosen = aggregation.get_config("cifar10_deit,tiny_imagenet20_resnet").tables
     assert list(chosen) == ["cifar10_deit", "tiny_imagenet20_resnet"]
-    assert list(zero_shot.get_config("32,8").tables) == ["from_32", "from_8"]
+    assert list(zero_shot.get_config("32,8").tables) == ["from_8", "from_32"]
 
 
 def test_unknown_words_are_answered_with_those_there_are():
