@@ -1,7 +1,7 @@
 r"""Trains all that a sweep lists, with each of its seeds, and tabulates the scores; started again, it goes on.
 
     python -m experiments.sweep --config=configs/sweeps/zero_shot.py --config.data_dir=FOLDER \
-        [--workdir=runs/NAME] [--results=results] [--shard=I/N] [--summarize] [--config.FIELD=VALUE ...]
+        [--workdir=runs/NAME] [--results=runs/results] [--shard=I/N] [--summarize] [--config.FIELD=VALUE ...]
 
 The config has `seeds` and `tables`. A table has a `title`, a `note` and `rows`, each with a `label` and the config of a
 `run`, as experiments.train takes it; a row may start from the weights of another one, `weights_of`, of the same seed.
@@ -12,8 +12,8 @@ are not repeated, one that was interrupted goes on from its last checkpoint, and
 there, is tried again by the next start, and does not keep the others from going on. Several processes share the runs
 with --shard=1/3, 2/3 and 3/3. The tables are made at the end of each, and by --summarize, of what is there.
 
-The workdir gets sweep.md and sweep.png, and RESULTS gets NAME.json, of which `python -m experiments.tables` makes its
-tables. A NAME.json with results of other runs is never written over.
+The workdir gets sweep.md and sweep.png, and RESULTS gets NAME.json, of which `python -m experiments.tables` makes
+tables. A NAME.json with results of other runs is never written over; those in results/ are the project's own.
 """
 
 import dataclasses
@@ -310,7 +310,7 @@ def name_of(file: str) -> str:
 
 
 if __name__ == "__main__":
-    _RESULTS = flags.DEFINE_string("results", "results", "Directory that gets NAME.json.")
+    _RESULTS = flags.DEFINE_string("results", "runs/results", "Directory that gets NAME.json.")
     _SHARD = flags.DEFINE_string("shard", "1/1", "I/N: every N-th run, from the I-th on, is this process's.")
     _SUMMARIZE = flags.DEFINE_bool("summarize", False, "Train nothing; make the tables of what is there.")
 
