@@ -39,7 +39,7 @@ PRIOR = 0.01
 
 def l1(deltas: Float[Array, "n 4"], anchors: Float[Array, "n 4"], boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:
     """Distance of `deltas` to those that lead from the anchors to the boxes."""
-    return smooth_l1(deltas, encode(boxes, anchors), beta=0).sum(-1)
+    return smooth_l1(deltas, encode(boxes, anchors), beta=0.0).sum(-1)
 
 
 def giou(deltas: Float[Array, "n 4"], anchors: Float[Array, "n 4"], boxes: Float[Array, "n 4"]) -> Float[Array, " n"]:

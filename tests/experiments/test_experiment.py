@@ -28,7 +28,8 @@ def test_there_are_configs():
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
 def test_every_config_tells_how_it_is_run(path):
     source = (ROOT / path).read_text()
-    assert re.search(rf"python -m experiments.\w+ --config={re.escape(str(path))}(:\w+)? --workdir=runs/", source)
+    command = r"sweep --config=FILE" if path.parent.name == "sweeps" else r"\w+ --config=FILE(:\w+)? --workdir=runs/"
+    assert re.search(r"python -m experiments\." + command.replace("FILE", re.escape(str(path))), source)
 
 
 def test_lengths_are_given_in_epochs(tiny_config):
