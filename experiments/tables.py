@@ -1,11 +1,13 @@
 r"""Prints the tables of both papers: what others report, what came out here, and what it would take to run the rest.
 
     python -m experiments.tables [s4nd|s6la] [--results=results] [--markdown=FILE] [--html=FILE] [--readme=README.md]
+    python -m experiments.tables --count
 
 Results are of the runs themselves, RESULTS/*.json, see `experiments.results`; nothing is written by hand. A row that
-was not run at the paper's size has the command that runs it, and estimated TPU-hours where RESULTS/compile/ has the
-recipe's compile report. `--markdown` and `--html` write files instead; `--readme` renews the results in a page, between
-its markers.
+was not run at the paper's size has the command that runs it, and estimated TPU-hours: of the recipe's compile report in
+RESULTS/compile/, or else counted. `--markdown` and `--html` write files instead; `--readme` renews the results in a
+page, between its markers; `--count` renews RESULTS/counted/recipes.json, parameters and multiply-adds of all recipes,
+which takes minutes.
 """
 
 import fnmatch
@@ -17,6 +19,7 @@ from typing import Any, NamedTuple
 
 from absl import app, flags
 from etils import epath
+from flax import nnx
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -24,12 +27,14 @@ from rich.table import Table
 from experiments import results
 from experiments.command import fail
 from experiments.config import Config, ConfigError, write_file
-from experiments.configs import recipes
+from experiments.configs import Recipe, count_parameters, recipes
 from experiments.page import STYLE
 from experiments.problem import load, problem_of
-from experiments.published import CLAIMS, GROUPS, Group
-from experiments.stages import plan
+from experiments.published import CLAIMS, COSTS, GROUPS, STATUS, Group
+from experiments.stages import Stage, plan
+from ssm_jax.chips import TPUS
 from ssm_jax.data.pipeline import batches_per_epoch
+from ssm_jax.ops.backend import traced_for
 
 PAPERS = {
     "s4nd": "S4ND: Modeling Images and Videos as Multidimensional Signals Using State Spaces (NeurIPS 2022)",
@@ -42,10 +47,20 @@ START, END = "<!-- results -->", "<!-- /results -->"
 _INTRODUCTION = """\
 What others report, with how sure it is, and what came out here. Results here are of reduced size, each table says
 which, and are no reproduction of a number that has another size: compare rows of one table with each other.
-**TPU-hours** are chips times hours, by XLA's estimate of a step, without input, evaluation and waiting for others; a
-recipe that was not compiled is by `python -m benchmarks.compile_matrix --topologies=v5e:8x8 --recipes=RECIPE`, whose
-files go into results/compile/.
+**Multiply-adds** are of a forward pass of one image or clip, at the resolution of the last stage of training, and of
+what is computed on a TPU, where S4ND's convolutions are matrix products and take more of them than FFTs do.
+**TPU-hours** are chips (TPU v5e, if not said) times hours, by XLA's estimate of a step, without input, evaluation and
+waiting for others; a recipe is compiled by `python -m benchmarks.compile_matrix --topologies=v5e:8x8 --recipes=RECIPE`,
+whose files go into results/compile/. With `~` they are only counted: three forward passes of each image at 40 % of a
+TPU v5e's peak. For detectors nothing is counted.
 """
+
+_CHIP, _SHARE = TPUS["v5e"], 0.4
+"""What counted hours are of, and how much of its peak they suppose."""
+
+_METHODS = (
+    "Multiply-adds counted here are of what is computed on a TPU: of S4ND's convolutions matrix products, not FFTs."
+)
 
 
 class Sheet(NamedTuple):
@@ -55,44 +70,172 @@ class Sheet(NamedTuple):
     columns: tuple[str, ...]
     rows: list[list[str]]
     caption: str
+    wide: tuple[str, ...] = ()
+    """Columns that terminals have no room for."""
 
 
-def sheets(paper: str, found: Mapping[str, Any], hours: Mapping[str, str]) -> Iterator[Sheet]:
-    """Of a paper: its tables, numbers without one, and the tables of the sweeps in `found`."""
+class Hours(NamedTuple):
+    """Chips times hours."""
+
+    hours: float
+    device: str
+
+    def __str__(self) -> str:
+        hours = f"{self.hours:,.0f}" if self.hours >= 10 else f"{self.hours:.2g}"
+        return hours if self.device == _CHIP.name else f"{hours} ({self.device})"
+
+
+class Known(NamedTuple):
+    """All that tables are made of, see `load_known`."""
+
+    found: Mapping[str, Any]
+    """Results by sweep, see `experiments.results`."""
+    compiled: Mapping[str, Hours]
+    """By recipe, of its compile report."""
+    counted: Mapping[str, Any]
+    """By recipe, see `count`."""
+
+    def count(self, recipe: str, what: str) -> str:
+        """Parameters or multiply-adds, in words."""
+        counted = self.counted.get(recipe, {})
+        if what == "parameters":
+            return f"{counted['parameters'] / 1e6:.2f} M" if counted else "not counted"
+        of_stages = counted.get("multiply_adds")
+        return f"{of_stages[-1] / 1e9:.2f} G" if of_stages else "not counted"
+
+    def hours(self, recipe: Recipe) -> Hours | None:
+        """Counted, of training; None where multiply-adds are not counted."""
+        if not (multiply_adds := self.counted.get(recipe.name, {}).get("multiply_adds")):
+            return None
+        images = [(end - start) * recipe.config.batch_size for start, end in _steps(recipe.config)]
+        products = sum(n * each for n, each in zip(images, multiply_adds, strict=True))
+        return Hours(3 * 2 * products / (_SHARE * _CHIP.flops) / 3600, _CHIP.name)
+
+    def caution(self) -> str:
+        """What is to be said of counted hours, where some are known better."""
+        counted = {recipe.name: self.hours(recipe) for recipe in recipes() if recipe.name in self.compiled}
+        times = [
+            self.compiled[name].hours / hours.hours
+            for name, hours in counted.items()
+            if hours is not None and hours.device == self.compiled[name].device
+        ]
+        known = (
+            f": where XLA's estimate is known, it is {min(times):.0f} to {max(times):.0f} times that" if times else ""
+        )
+        return f"`~`: counted, at {100 * _SHARE:.0f} % of a {_CHIP.name}'s peak{known}."
+
+
+def load_known(folder: epath.PathLike) -> Known:
+    """From a directory of results. Raises ConfigError for files that are none."""
+    folder = epath.Path(folder)
+    found = results.load(folder)
+    for name, of_sweep in found.items():
+        missing = [field for field in ("paper", "command") if field not in of_sweep]
+        missing += [f"tables.{key}.title" for key, table in of_sweep["tables"].items() if "title" not in table]
+        if missing:
+            raise ConfigError(f"{folder / name}.json has no {' and no '.join(missing)}. Make it anew with --summarize.")
+        if of_sweep["paper"] not in PAPERS:
+            raise ConfigError(f"{folder / name}.json: paper must be {' or '.join(PAPERS)}, got {of_sweep['paper']!r}.")
+    return Known(found, tpu_hours(folder / "compile"), _counted(folder / "counted/recipes.json"))
+
+
+def _counted(path: epath.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        stages = {recipe.name: len(_steps(recipe.config)) for recipe in recipes()}
+        for name, of_recipe in found.items():
+            parameters, multiply_adds = of_recipe["parameters"], of_recipe["multiply_adds"]
+            if not isinstance(parameters, int) or (multiply_adds and len(multiply_adds) != stages.get(name)):
+                raise ValueError(f"not of {name} as it is")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is not what experiments.tables --count writes: {type(error).__name__} {error}."
+        ) from error
+    return found
+
+
+def count(config: Config) -> dict[str, Any]:
+    """`parameters`, and `multiply_adds` of a forward pass in each stage of training, None for detectors."""
+    dataset = load(config, files=False)
+    problem = problem_of(config, dataset)
+    with traced_for("tpu"):
+        of_stages = []
+        for stage in _stages(config):
+            model = nnx.eval_shape(lambda stage=stage: problem.create_model(stage.bandlimit))
+            of_stages.append(problem.multiply_adds(model, stage))
+    known = None if None in of_stages else of_stages
+    return {"parameters": count_parameters(config), "multiply_adds": known}
+
+
+def sheets(paper: str, known: Known) -> Iterator[Sheet]:
+    """Of a paper: its tables, numbers without one, and the tables of its sweeps."""
+    caution = known.caution()
     for group in GROUPS:
         if group.paper == paper:
-            yield _group(group, found, hours)
+            yield _group(group, known, caution)
+    costs = [
+        [cost.recipe, cost.what, cost.value, known.count(cost.recipe, cost.what), f"{cost.source} ({cost.status})"]
+        for cost in COSTS
+        if cost.recipe.startswith(f"{paper}/")
+    ]
+    if costs:
+        columns = ("recipe", "what", "published", "counted here", "source")
+        yield Sheet("Parameters and multiply-adds", columns, costs, _METHODS)
     claims = [list(claim[1:]) for claim in CLAIMS if claim.paper == paper]
     yield Sheet("Further numbers", ("what", "value", "source", "status"), claims, "")
-    for of_sweep in found.values():
+    for sweep, of_sweep in known.found.items():
         if of_sweep["paper"] == paper:
             for name, table in of_sweep["tables"].items():
-                caption = f"{results.caption(table)} Runs {of_sweep['sweep']}/{name}/*; `{of_sweep['command']}`."
+                caption = f"{results.caption(table)} Runs are in {sweep}/{name}/; `{of_sweep['command']}`."
                 title = f"{table['title']} (here, at a reduced size)"
-                yield Sheet(title, tuple(results.columns(table)), results.rows(table), caption)
+                ids = [_ids(row, of_row) for row, of_row in table["rows"].items()]
+                rows = [[*cells, of_row] for cells, of_row in zip(results.rows(table), ids, strict=True)]
+                yield Sheet(title, (*results.columns(table), "runs/"), rows, caption, ("runs/",))
 
 
-def _group(group: Group, found: Mapping[str, Any], hours: Mapping[str, str]) -> Sheet:
+def _ids(name: str, row: results.Row) -> str:
+    """Of a row's finished runs, as shells write them."""
+    seeds = [seed for seed, run in row["runs"].items() if run["state"] == "finished"]
+    return (
+        f"`{name}/seed_{{{','.join(seeds)}}}`"
+        if len(seeds) > 1
+        else f"`{name}/seed_{seeds[0]}`"
+        if seeds
+        else "not run"
+    )
+
+
+def _group(group: Group, known: Known, caution: str) -> Sheet:
     rows = []
     for recipe in recipes():
         if any(fnmatch.fnmatch(recipe.name, pattern) for pattern in group.recipes):
-            published = recipe.config.published
-            value = "" if published.value is None else f"{published.value} {published.metric}"
             name = recipe.name.replace(".py", "").replace("/", "_").replace(":", "_")
             command = f"python -m experiments.train --config=configs/{recipe.name} --workdir=runs/{name}"
-            estimate = hours.get(recipe.name, "not compiled")
-            rows.append([recipe.name, value, published.source, "not run", f"`{command}`", estimate])
-    there = [name for name in group.reduced if name in found]
-    caption = f"At a reduced size: {', '.join(there)}, below." if there else "Nothing of it was run here."
-    columns = ("recipe", "published", "source", "here", "to run it", "TPU-hours")
-    return Sheet(group.title, columns, rows, caption)
+            counts = (known.count(recipe.name, what) for what in ("parameters", "multiply-adds"))
+            compiled, counted = known.compiled.get(recipe.name), known.hours(recipe)
+            hours = str(compiled) if compiled else f"~{counted}" if counted else "not known"
+            rows.append([recipe.name, *counts, *_published(recipe.config), "not run", f"`{command}`", hours])
+    there = [name for name in group.reduced if name in known.found]
+    caption = "None of these was run" + (f"; at a reduced size: {', '.join(there)}, below. " if there else ". ")
+    if any(row[-1].startswith("~") for row in rows):
+        caption += caution
+    columns = ("recipe", "parameters", "multiply-adds", "published", "source", "here", "to run it", "TPU-hours")
+    return Sheet(group.title, columns, rows, caption.strip(), ("parameters", "multiply-adds", "here", "to run it"))
 
 
-def tpu_hours(folder: epath.Path) -> dict[str, str]:
-    """By recipe, chips times hours and which chips, of the compile reports in a folder.
+def _published(config: Config) -> tuple[str, str]:
+    """The number with its metric, and its source with how sure it is."""
+    value, metric, source = config.published.value, config.published.metric, config.published.source
+    if value is None:
+        return "", source
+    status = next(status for start, status in STATUS.items() if source.startswith(start))
+    return f"{value} {metric}", f"{source.removesuffix(f'; {status}')} ({status})"
 
-    Raises ConfigError for files that are none.
-    """
+
+def tpu_hours(folder: epath.Path) -> dict[str, Hours]:
+    """By recipe, of the compile reports in a folder. Raises ConfigError for files that are none."""
     known = {recipe.name: recipe.config for recipe in recipes()}
     names = {name.replace(".py", "").replace("/", "-").replace(":", "-"): name for name in known}
     found = {}
@@ -103,9 +246,9 @@ def tpu_hours(folder: epath.Path) -> dict[str, str]:
             if stem not in names:
                 raise ConfigError(f"{path} is of no recipe: it must be called RECIPE-TOPOLOGY.json.")
             name, seconds = names[stem], 0.0
-            for stage, steps in zip(report["stages"], _steps(known[name]), strict=True):
-                seconds += stage["seconds"] * steps * math.prod(stage["mesh"].values())
-            found[name] = f"{seconds / 3600:,.0f} {report['stages'][0]['device']}"
+            for stage, (start, end) in zip(report["stages"], _steps(known[name]), strict=True):
+                seconds += stage["seconds"] * (end - start) * math.prod(stage["mesh"].values())
+            found[name] = Hours(seconds / 3600, report["stages"][0]["device"])
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -113,13 +256,17 @@ def tpu_hours(folder: epath.Path) -> dict[str, str]:
     return found
 
 
-def _steps(config: Config) -> list[int]:
-    """Of each stage of training."""
+def _steps(config: Config) -> list[tuple[int, int]]:
+    """From which to which, of each stage of training."""
+    ends = [stage.end for stage in _stages(config)]
+    return [*zip([0, *ends], ends, strict=False)]
+
+
+def _stages(config: Config) -> Sequence[Stage]:
     dataset = load(config, files=False)
     train = dataset.splits["train"]
     steps_per_epoch = batches_per_epoch(train, config.batch_size, problem_of(config, dataset).groups(train))
-    ends = [stage.end for stage in plan(config, dataset.resolution, steps_per_epoch)]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    return plan(config, dataset.resolution, steps_per_epoch)
 
 
 def markdown(paper_sheets: Mapping[str, Sequence[Sheet]]) -> str:
@@ -161,16 +308,17 @@ def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
     for paper, of_paper in paper_sheets.items():
         console.rule(PAPERS[paper])
         for sheet in of_paper:
-            shown = [i for i, column in enumerate(sheet.columns) if column != "to run it"]
+            shown = [i for i, column in enumerate(sheet.columns) if column not in sheet.wide]
             caption = sheet.caption.replace("`", "")
-            if len(shown) < len(sheet.columns):
+            if "to run it" in sheet.columns:
                 train = "python -m experiments.train --config=configs/RECIPE --workdir=runs/NAME"
                 caption += f" To run one: {train}"
             table = Table(box=box.SIMPLE_HEAD, title=sheet.title, caption=caption, padding=(0, 1, 0, 0))
             for i in shown:
-                table.add_column(sheet.columns[i], no_wrap=i == 0, justify="left")
+                whole = sheet.columns[i] in ("recipe", "network", "TPU-hours")
+                table.add_column(sheet.columns[i], no_wrap=whole, overflow="fold")
             for row in sheet.rows:
-                table.add_row(*(row[i] for i in shown))
+                table.add_row(*("" if row[i].startswith("not stated") else row[i] for i in shown))
             console.print(table)
 
 
@@ -208,16 +356,23 @@ def main() -> None:
         }.items()
     }
 
+    recount = flags.DEFINE_bool("count", False, "Renew RESULTS/counted/recipes.json, instead of printing.")
+
     def command(argv: list[str]) -> None:
         papers = argv[1:] or [*PAPERS]
         if unknown := set(papers) - PAPERS.keys():
             fail(f"there are tables of {' and '.join(PAPERS)}, got {', '.join(sorted(unknown))}.", status=2)
         try:
-            found = results.load(folder.value)
-            hours = tpu_hours(epath.Path(folder.value) / "compile")
-            paper_sheets = {paper: [*sheets(paper, found, hours)] for paper in PAPERS if paper in papers}
+            if recount.value:
+                path = epath.Path(folder.value) / "counted/recipes.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                counted = {recipe.name: count(recipe.config) for recipe in recipes()}
+                write_file(path, json.dumps(counted, indent=1) + "\n")
+                return
+            known = load_known(folder.value)
+            paper_sheets = {paper: [*sheets(paper, known)] for paper in PAPERS if paper in papers}
             if (readme := pages["readme"].value) is not None:
-                write_file(epath.Path(readme), renewed(epath.Path(readme).read_text(), of_readme(found)))
+                write_file(epath.Path(readme), renewed(epath.Path(readme).read_text(), of_readme(known.found)))
         except (ConfigError, OSError) as error:
             fail(str(error), status=2)
         for name, make in {"markdown": markdown, "html": html}.items():
