@@ -52,15 +52,13 @@ what is computed on a TPU, where S4ND's convolutions are matrix products and tak
 **TPU-hours** are chips (TPU v5e, if not said) times hours, by XLA's estimate of a step, without input, evaluation and
 waiting for others; a recipe is compiled by `python -m benchmarks.compile_matrix --topologies=v5e:8x8 --recipes=RECIPE`,
 whose files go into results/compile/. With `~` they are only counted: three forward passes of each image at 40 % of a
-TPU v5e's peak. For detectors nothing is counted.
+TPU v5e's peak. Multiply-adds of detectors are not counted.
 """
 
 _CHIP, _SHARE = TPUS["v5e"], 0.4
 """What counted hours are of, and how much of its peak they suppose."""
 
-_METHODS = (
-    "Multiply-adds counted here are of what is computed on a TPU: of S4ND's convolutions matrix products, not FFTs."
-)
+_METHODS = "Multiply-adds counted here are those on a TPU, where S4ND's convolutions are matrix products, not FFTs."
 
 
 class Sheet(NamedTuple):
@@ -181,7 +179,7 @@ def sheets(paper: str, known: Known) -> Iterator[Sheet]:
         if cost.recipe.startswith(f"{paper}/")
     ]
     if costs:
-        columns = ("recipe", "what", "published", "counted here", "source")
+        columns = ("recipe", "cost", "published", "counted here", "source")
         yield Sheet("Parameters and multiply-adds", columns, costs, _METHODS)
     claims = [list(claim[1:]) for claim in CLAIMS if claim.paper == paper]
     yield Sheet("Further numbers", ("what", "value", "source", "status"), claims, "")
@@ -192,19 +190,15 @@ def sheets(paper: str, known: Known) -> Iterator[Sheet]:
                 title = f"{table['title']} (here, at a reduced size)"
                 ids = [_ids(row, of_row) for row, of_row in table["rows"].items()]
                 rows = [[*cells, of_row] for cells, of_row in zip(results.rows(table), ids, strict=True)]
-                yield Sheet(title, (*results.columns(table), "runs/"), rows, caption, ("runs/",))
+                yield Sheet(title, (*results.columns(table), "runs/"), rows, caption, ("parameters", "runs/"))
 
 
 def _ids(name: str, row: results.Row) -> str:
-    """Of a row's finished runs, as shells write them."""
+    """Of a row's finished runs, as shells take them."""
     seeds = [seed for seed, run in row["runs"].items() if run["state"] == "finished"]
-    return (
-        f"`{name}/seed_{{{','.join(seeds)}}}`"
-        if len(seeds) > 1
-        else f"`{name}/seed_{seeds[0]}`"
-        if seeds
-        else "not run"
-    )
+    if not seeds:
+        return "not run"
+    return f"`{name}/seed_{seeds[0] if len(seeds) == 1 else '{' + ','.join(seeds) + '}'}`"
 
 
 def _group(group: Group, known: Known, caution: str) -> Sheet:
@@ -306,7 +300,7 @@ def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
     """For a terminal: what repeats in all rows goes below."""
     console = Console()
     for paper, of_paper in paper_sheets.items():
-        console.rule(PAPERS[paper])
+        console.print(f"\n[bold]{PAPERS[paper]}[/bold]\n")
         for sheet in of_paper:
             shown = [i for i, column in enumerate(sheet.columns) if column not in sheet.wide]
             caption = sheet.caption.replace("`", "")
@@ -315,7 +309,7 @@ def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
                 caption += f" To run one: {train}"
             table = Table(box=box.SIMPLE_HEAD, title=sheet.title, caption=caption, padding=(0, 1, 0, 0))
             for i in shown:
-                whole = sheet.columns[i] in ("recipe", "network", "TPU-hours")
+                whole = sheet.columns[i] in ("recipe", "cost", "network", "TPU-hours")
                 table.add_column(sheet.columns[i], no_wrap=whole, overflow="fold")
             for row in sheet.rows:
                 table.add_row(*("" if row[i].startswith("not stated") else row[i] for i in shown))
