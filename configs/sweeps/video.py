@@ -12,10 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.common import classification, hmdb51, sweeps
+from configs.common import hmdb51, sweeps
+from configs.sweeps import tiny_imagenet
 
-SIZE = 64
-NETWORK = {"depths": (1, 1, 2, 1), "dims": (32, 64, 128, 256)}
+NETWORK = {name: tiny_imagenet.CONVNEXT[name] for name in ("depths", "dims")}
 NAMES = {"convnext": "convnext_tiny", "s4nd": "convnext_tiny_s4nd"}
 VIDEO = {
     "i3d": ("I3D", "convnext_tiny_i3d", "convnext"),
@@ -25,7 +25,10 @@ VIDEO = {
 
 
 def get_config() -> ConfigDict:
-    before = {name: sweeps.row(network, images(network)) for name, network in NAMES.items()}
+    before = {
+        name: sweeps.row(network, tiny_imagenet.run(network, **tiny_imagenet.CONVNEXT, **mixer(network)))
+        for name, network in NAMES.items()
+    }
     rows = {
         name: sweeps.row(label, videos(network), weights_of=f"images/{start}")
         for name, (label, network, start) in VIDEO.items()
@@ -36,21 +39,6 @@ def get_config() -> ConfigDict:
         "videos": sweeps.table("Inflated ConvNeXts on video", f"{size}; trained on 12 frames of 48 x 48.", rows),
     }
     return sweeps.sweep("s4nd", tables)
-
-
-def images(name: str) -> ConfigDict:
-    """AdamW for 12 epochs."""
-    config = classification.get_config()
-    config.model = {"name": name, "img_size": SIZE, "drop_path": 0.1, **NETWORK, **mixer(name)}
-    config.data.name = "tiny_imagenet20"
-    config.augment.update(crop_padding=4, flip=True)
-    config.batch_size = 50
-    config.epochs = 12.0
-    config.optimizer.update(lr=1e-3, ssm_lr=1e-3, weight_decay=0.05, warmup_epochs=1.0)
-    config.label_smoothing = 0.1
-    config.eval.update(every_epochs=4.0, batch_size=250)
-    config.log_every_steps = 100
-    return config
 
 
 def videos(name: str) -> ConfigDict:
