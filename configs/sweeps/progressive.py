@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs.common import cifar10, sweeps
 
-EPOCHS = 4.0
+EPOCHS = 3.0
 NOTE = "S4ND-ISO of 4 layers of width 32; nothing is augmented, and each stage has a warm-up and a cosine of its own."
 
 

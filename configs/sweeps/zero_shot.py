@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs.common import cifar10, sweeps
 
-EPOCHS = {8: 4.0, 16: 2.0, 32: 1.0}
+EPOCHS = {8: 4.0, 16: 1.5, 32: 1.0}
 """By resolution of training."""
 
 BANDLIMITS = (0.0, 0.5, 0.2, 0.1, 0.05)
@@ -40,7 +40,7 @@ def table(resolution: int) -> ConfigDict:
     """All band limits with LegS, from 8 x 8 the other initial state matrices with that of 0.1, and convolutions."""
     widths = SIZES[resolution]
     network = {"n_layers": 4, "weight_decay": 0.03}
-    cases = [("legs", limit) for limit in BANDLIMITS]
+    cases = [("legs", limit) for limit in BANDLIMITS if resolution < 32 or limit != 0.05]
     if resolution == 8:
         cases += [(init, 0.1) for init in cifar10.INITS if init != "legs"]
     rows = {"conv2d": sweeps.row("Conv2D", run(resolution, cifar10.conv2d(d_model=widths["conv2d"], **network)))}
