@@ -35,7 +35,7 @@ def evaluate(config: Config, checkpoint: epath.PathLike, resolution: int | None 
         checkpoint = f"checkpoint of step {step}"
         if jax.process_index() == 0:
             report.print_table(experiment, scores, checkpoint=checkpoint)
-        report.scores_by_frames(experiment, state, checkpoint=checkpoint)
+        report.scores_by_frames(experiment, state, scores, checkpoint=checkpoint)
     return scores
 
 

@@ -6,6 +6,11 @@ introduction could be read, of S6LA's neither: no number of S6LA's authors is kn
 
 from typing import NamedTuple
 
+PAPERS = {
+    "s4nd": "S4ND: Modeling Images and Videos as Multidimensional Signals Using State Spaces (NeurIPS 2022)",
+    "s6la": "From Layers to States: A State Space Model Perspective to Deep Neural Network Layer Dynamics (ICLR 2025)",
+}
+
 
 class Group(NamedTuple):
     """Recipes that are a table of a paper."""

@@ -36,10 +36,15 @@ def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> N
     Console().print(table)
 
 
-def scores_by_frames(experiment: Experiment, state: TrainState, *, checkpoint: str) -> dict[int, dict[str, float]]:
-    """Scores of the test clips at each of `config.eval.frames`, in a table each."""
+def scores_by_frames(
+    experiment: Experiment, state: TrainState, known: Scores, *, checkpoint: str
+) -> dict[int, dict[str, float]]:
+    """Scores of the test clips at each of `config.eval.frames`; prints a table of each but the `known` ones'."""
     found = {}
     for frames in experiment.config.eval.frames:
+        if frames == experiment.dataset.frames and experiment.resolution in known:
+            found[frames] = known[experiment.resolution]
+            continue
         other = experiment.with_frames(frames)
         found[frames] = other.evaluate(state, "test", experiment.resolution).scores
         if jax.process_index() == 0:
@@ -56,7 +61,7 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
     checkpoint = f"best checkpoint by {experiment.best_by}, step {step}"
     if jax.process_index() == 0:
         print_table(experiment, scores, checkpoint=checkpoint)
-    by_frames = scores_by_frames(experiment, state, checkpoint=checkpoint)
+    by_frames = scores_by_frames(experiment, state, scores, checkpoint=checkpoint)
     if jax.process_index() == 0:
         pictures = {
             "training_curves": plots.training_curves(read_metrics(workdir)),

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from experiments.config import ConfigError
+from experiments.published import PAPERS
 from ssm_jax.plots import score_title
 
 Table = Mapping[str, Any]
@@ -24,19 +25,25 @@ Row = Mapping[str, Any]
 
 def load(folder: epath.PathLike) -> dict[str, dict[str, Any]]:
     """All results in a folder, by the names of sweeps. Raises ConfigError for a file that is none."""
-    found = {}
-    for path in sorted(epath.Path(folder).glob("*.json")):
-        try:
-            of_sweep = json.loads(path.read_text())
-            _ = [(columns(table), rows(table), caption(table)) for table in of_sweep["tables"].values()]
-            found[of_sweep["sweep"]] = of_sweep
-        except ValueError as error:
-            raise ConfigError(f"{path} is no JSON: {error}.") from error
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{path} has not what experiments.sweep writes: {type(error).__name__} {error}. Make it anew with "
-                "--summarize, or move it away."
-            ) from error
+    found = map(_read, sorted(epath.Path(folder).glob("*.json")))
+    return {of_sweep["sweep"]: of_sweep for of_sweep in found}
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        for table in found["tables"].values():
+            _ = table["title"], columns(table), rows(table), caption(table)
+        _, _, paper = found["sweep"], found["command"], found["paper"]
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}.") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} has not what experiments.sweep writes: {type(error).__name__} {error}. Make it anew with "
+            "--summarize, or move it away."
+        ) from error
+    if paper not in PAPERS:
+        raise ConfigError(f"{path}: paper must be {' or '.join(PAPERS)}, got {paper!r}.")
     return found
 
 
@@ -44,7 +51,7 @@ def check_replaceable(path: epath.Path, found: Mapping[str, Any]) -> None:
     """Raises ConfigError if the file has finished runs that are not in `found`, and would be lost."""
     if not path.exists():
         return
-    there = _finished(load(path.parent).get(path.stem, {}))
+    there = _finished(_read(path))
     if lost := sorted(name for name, run in there.items() if _finished(found).get(name) != run):
         raise ConfigError(
             f"{path} has results of {len(lost)} runs that are not in the workdir, such as {lost[0]}. Move it away, or "

@@ -143,6 +143,8 @@ class _First:
         return self.count
 
     def __getitem__(self, index: int) -> Any:
+        if index >= self.count:
+            raise IndexError(index)  # with which iteration ends
         return self.source[index % len(self.source)]
 
     def name(self, index: int) -> str:

@@ -30,16 +30,11 @@ from experiments.config import Config, ConfigError, write_file
 from experiments.configs import Recipe, count_parameters, recipes
 from experiments.page import STYLE
 from experiments.problem import load, problem_of
-from experiments.published import CLAIMS, COSTS, GROUPS, STATUS, Group
+from experiments.published import CLAIMS, COSTS, GROUPS, PAPERS, STATUS, Group
 from experiments.stages import Stage, plan
 from ssm_jax.chips import TPUS
 from ssm_jax.data.pipeline import batches_per_epoch
 from ssm_jax.ops.backend import traced_for
-
-PAPERS = {
-    "s4nd": "S4ND: Modeling Images and Videos as Multidimensional Signals Using State Spaces (NeurIPS 2022)",
-    "s6la": "From Layers to States: A State Space Model Perspective to Deep Neural Network Layer Dynamics (ICLR 2025)",
-}
 
 START, END = "<!-- results -->", "<!-- /results -->"
 """Around what `--readme` renews."""
@@ -126,15 +121,7 @@ class Known(NamedTuple):
 def load_known(folder: epath.PathLike) -> Known:
     """From a directory of results. Raises ConfigError for files that are none."""
     folder = epath.Path(folder)
-    found = results.load(folder)
-    for name, of_sweep in found.items():
-        missing = [field for field in ("paper", "command") if field not in of_sweep]
-        missing += [f"tables.{key}.title" for key, table in of_sweep["tables"].items() if "title" not in table]
-        if missing:
-            raise ConfigError(f"{folder / name}.json has no {' and no '.join(missing)}. Make it anew with --summarize.")
-        if of_sweep["paper"] not in PAPERS:
-            raise ConfigError(f"{folder / name}.json: paper must be {' or '.join(PAPERS)}, got {of_sweep['paper']!r}.")
-    return Known(found, tpu_hours(folder / "compile"), _counted(folder / "counted/recipes.json"))
+    return Known(results.load(folder), tpu_hours(folder / "compile"), _counted(folder / "counted/recipes.json"))
 
 
 def _counted(path: epath.Path) -> dict[str, Any]:

@@ -112,6 +112,37 @@ def test_kernels_are_shown_one_by_one_each_on_its_own_scale(count):
         assert tuple(image.get_extent()) == (-3, 3, 3, -3)
 
 
+def test_scores_of_several_runs_are_means_with_their_deviations():
+    scores = {"a": {8: [0.5, 0.7], 16: [0.2]}, "b": {8: [0.9]}, "not run": {}}
+    figure = plots.score_panels([("title", "resolution", scores)])
+    (axes,) = figure.axes
+    lines = {bars.get_label(): bars for bars in axes.containers}
+    assert [*lines] == ["a", "b"]
+    np.testing.assert_allclose([*lines["a"][0].get_ydata()], [60, 20])
+    (bars,) = lines["a"][2]
+    deviation = 100 * np.std([0.5, 0.7], ddof=1)
+    np.testing.assert_allclose([end[:, 1] for end in bars.get_segments()], [[60 - deviation, 60 + deviation], [20, 20]])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["8 x 8", "16 x 16"]
+    assert axes.get_title() == "title"
+
+
+def test_scores_by_frames_say_so():
+    (axes,) = plots.score_panels([("title", "frames", {"a": {12: [0.5], 24: [0.6]}})]).axes
+    assert axes.get_xlabel() == "frames of the test clips"
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["12", "24"]
+
+
+def test_scores_at_one_resolution_are_a_dot_for_each_run_and_a_mark_at_their_mean():
+    scores = {"a": {8: [0.5, 0.7]}, "not run": {}, "b": {8: [0.2]}}
+    (axes,) = plots.score_panels([("title", "resolution", scores)]).axes
+    lines = [(line.get_xdata(), line.get_ydata()) for line in axes.lines]
+    expected = [([50, 70], [0, 0]), ([60, 60], [-0.3, 0.3]), ([], []), ([20], [2]), ([20, 20], [1.7, 2.3])]
+    for (x, y), (expected_x, expected_y) in zip(lines, expected, strict=True):
+        np.testing.assert_allclose(x, expected_x)
+        np.testing.assert_allclose(y, expected_y)
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "not run", "b"]
+
+
 def test_a_kernel_of_zeros_can_be_shown():
     assert pixels(plots.kernel_sheet(np.zeros((1, 4, 4)), extent=2.0)).std() > 0
 

@@ -49,9 +49,10 @@ def test_a_run_ends_with_a_table_for_each_number_of_frames(config, tmp_path, cap
     found = json.loads((tmp_path / "run/results.json").read_text())
     assert [*found["test_by_frames"]] == ["4", "8"]
     assert found["test_by_frames"]["4"] == found["test"]["32"] == scores[32]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert [printed.count(f"clips of {frames} frames") for frames in (4, 8)] == [1, 1]
     assert np.isfinite(found["test_by_frames"]["8"]["loss"])
     assert found["test_by_frames"]["8"] != found["test_by_frames"]["4"]
-    capsys.readouterr()
     evaluate(config(8), tmp_path / "run")
     assert "clips of 8 frames" in " ".join(capsys.readouterr().out.split())
 

@@ -11,6 +11,7 @@ from experiments import smoke
 from experiments.config import check
 from experiments.configs import count_parameters, recipes
 from experiments.experiment import build
+from experiments.problem import load
 from ssm_jax.compiled import Collective, collectives
 from ssm_jax.training import sharding
 
@@ -194,3 +195,10 @@ def test_every_number_that_is_aimed_at_has_a_source():
             assert config.published.source, name
         if "s6la" in config.model.name:
             assert config.published.value is None, name
+
+
+def test_a_shortened_source_ends():
+    config = RECIPES["s4nd/cifar10_iso.py"].copy_and_resolve_references()
+    config.data.name = "digits"
+    dataset = smoke.shorten(load(config), config)
+    assert len([*dataset.splits["train"]]) == 2 * config.batch_size

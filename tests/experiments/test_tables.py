@@ -10,7 +10,7 @@ import pytest
 from experiments import results, tables
 from experiments.config import ConfigError
 from experiments.configs import recipes
-from experiments.published import CLAIMS, COSTS, GROUPS
+from experiments.published import CLAIMS, COSTS, GROUPS, PAPERS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,7 +60,7 @@ def cells(page, title):
 
 def page(folder):
     known = tables.load_known(folder)
-    return tables.markdown({paper: [*tables.sheets(paper, known)] for paper in tables.PAPERS})
+    return tables.markdown({paper: [*tables.sheets(paper, known)] for paper in PAPERS})
 
 
 def by_recipe(folder, title):
@@ -72,7 +72,7 @@ def by_recipe(folder, title):
 def test_every_recipe_of_a_paper_is_in_one_table():
     for recipe in recipes():
         paper = recipe.name.partition("/")[0]
-        if paper in tables.PAPERS and recipe.name != "s4nd/digits.py":
+        if paper in PAPERS and recipe.name != "s4nd/digits.py":
             of = [g for g in GROUPS if any(fnmatch.fnmatch(recipe.name, pattern) for pattern in g.recipes)]
             assert [group.paper for group in of] == [paper], recipe.name
 
@@ -95,7 +95,7 @@ def test_numbers_that_could_not_be_read_again_say_so(folder):
 
 
 def test_claims_say_how_sure_they_are():
-    assert {claim.paper for claim in CLAIMS} == set(tables.PAPERS)
+    assert {claim.paper for claim in CLAIMS} == set(PAPERS)
     assert all(claim.value and claim.source and claim.status for claim in CLAIMS)
     assert not any("S6LA's paper" in claim.source for claim in CLAIMS)  # nobody here could read it
 
@@ -207,7 +207,7 @@ def test_a_file_that_has_no_counts_is_named(folder, text):
         tables.load_known(folder)
 
 
-@pytest.mark.parametrize("field", ["paper", "command", "tables.from_8.title"])
+@pytest.mark.parametrize("field", ["paper", "command", "sweep", "tables.from_8.title"])
 def test_a_field_that_results_lack_is_named(folder, field):
     *parents, last = field.split(".")
     found = json.loads((folder / "zero_shot.json").read_text())
@@ -216,7 +216,8 @@ def test_a_field_that_results_lack_is_named(folder, field):
         of = of[parent]
     del of[last]
     (folder / "zero_shot.json").write_text(json.dumps(found))
-    with pytest.raises(ConfigError, match=rf"zero_shot\.json has no {field}\. Make it anew with --summarize"):
+    message = rf"zero_shot\.json has not what experiments\.sweep writes: KeyError '{last}'\. Make it anew"
+    with pytest.raises(ConfigError, match=message):
         tables.load_known(folder)
 
 
