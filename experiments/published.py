@@ -57,7 +57,7 @@ GROUPS = (
         "s4nd",
         "CIFAR-10 and CelebA at their full resolutions (section 4.3)",
         ("s4nd/cifar10_iso*", "s4nd/celeb_a_convnext*:160"),
-        ("isotropic",),
+        ("zero_shot", "zero_shot_32"),
     ),
     Group(
         "s4nd",

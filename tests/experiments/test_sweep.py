@@ -3,12 +3,13 @@ import json
 import jax
 import numpy as np
 import pytest
+import standin
 from flax import nnx
 
 import ssm_jax
 from configs.common import sweeps
 from configs.s4nd import digits
-from configs.sweeps import aggregation, isotropic, progressive, tiny_imagenet, zero_shot
+from configs.sweeps import aggregation, progressive, tiny_imagenet, video, zero_shot
 from experiments import results
 from experiments import sweep as module
 from experiments.config import ConfigError
@@ -394,25 +395,27 @@ def test_an_interrupted_write_leaves_the_runs_of_the_others(config, run, trained
 
 SWEEPS = {
     "zero_shot": zero_shot.get_config,
-    "isotropic": isotropic.get_config,
     "progressive": progressive.get_config,
     "tiny_imagenet": tiny_imagenet.get_config,
+    "video": video.get_config,
     "aggregation": aggregation.get_config,
     "aggregation:quick": lambda: aggregation.get_config("quick"),
 }
 
 
 @pytest.mark.parametrize("name", SWEEPS)
-def test_all_rows_are_of_networks_that_there_are(name, jpeg_dir):
+def test_all_rows_are_of_networks_that_there_are(name, jpeg_dir, tmp_path):
     config = SWEEPS[name]()
     config.data_dir = str(jpeg_dir)
+    if "video_dir" in config:
+        config.video_dir = str(standin.make("hmdb51", tmp_path))
     for table in config.tables.values():
         for row in table.rows.values():
             row.run.batch_size = 48  # there are no more than 54 images
             row.run.optimizer.warmup_epochs = 0.0
     for run in module.plan(config, jpeg_dir):
         if run.seed == 0:
-            assert build(run.config).dataset.title in ("CIFAR-10, JPEG copy", "tiny_imagenet20")
+            assert build(run.config).dataset.title in ("CIFAR-10, JPEG copy", "tiny_imagenet20", "HMDB-51, split 1")
 
 
 def test_tables_and_rows_keep_their_order():
