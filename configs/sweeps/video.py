@@ -26,7 +26,7 @@ VIDEO = {
 
 def get_config() -> ConfigDict:
     before = {
-        name: sweeps.row(network, tiny_imagenet.run(network, **tiny_imagenet.CONVNEXT, **mixer(network)))
+        name: sweeps.row(network, tiny_imagenet.run(network, epochs=3.0, **tiny_imagenet.CONVNEXT, **mixer(network)))
         for name, network in NAMES.items()
     }
     rows = {
