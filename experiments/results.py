@@ -95,6 +95,12 @@ def size(table: Table, tested: int) -> str:
     return f"{tested} frames" if table["by"] == "frames" else f"{tested} x {tested}"
 
 
+def minutes(row: Row) -> str:
+    """The median time of training, in words."""
+    seconds = [run["seconds"] for run in row["runs"].values() if run.get("seconds") is not None]
+    return f"{statistics.median(seconds) / 60:.1f} min" if seconds else ""
+
+
 def columns(table: Table) -> list[str]:
     """Of the table; the cells are those of `rows`."""
     tested = [f"{size(table, tested)}, %" for tested in tested_at(table)]
@@ -108,13 +114,12 @@ def rows(table: Table) -> list[list[str]]:
         runs = row["runs"].values()
         done = [run for run in runs if run["state"] == "finished"]
         failed = [seed for seed, run in row["runs"].items() if run["state"] == "failed"]
-        seconds = [run["seconds"] for run in done if run["seconds"] is not None]
         of_row = scores(row, table["metric"])
         cells.append(
             [
                 row["label"],
                 f"{row['parameters']:,}",
-                f"{statistics.median(seconds) / 60:.1f} min" if seconds else "",
+                minutes(row),
                 f"{len(done)} of {len(runs)}" + (f" (failed: seed {', '.join(failed)})" if failed else ""),
                 *(percent(of_row[tested]) if tested in of_row else "" for tested in tested_at(table)),
             ]

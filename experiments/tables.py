@@ -11,10 +11,12 @@ which takes minutes.
 """
 
 import fnmatch
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from absl import app, flags
@@ -304,16 +306,28 @@ def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
 
 
 def of_readme(found: Mapping[str, Any]) -> str:
-    """What `--readme` puts between the markers: a line for each row of each sweep."""
+    """What `--readme` puts between the markers: of each table the first row, and the best of the others."""
     tables = [table for of_sweep in found.values() for table in of_sweep["tables"].values()]
-    if not tables:
-        return "No sweep has been run yet.\n"
-    parts = []
-    for table in tables:
-        columns, rows = results.columns(table), results.rows(table)
-        dataset = next(iter(table["rows"].values()))["dataset"]
-        parts.append(f"**{table['title']}** ({dataset})\n\n{results.markdown(columns, rows)}")
-    return "\n".join(parts)
+    lines = [line for table in tables if (line := _first_and_best(table))]
+    columns = ("experiment", "tested at", "baseline", "%", "training", "best of the others", "%", "training")
+    return results.markdown(columns, lines) if lines else "No sweep has been run yet.\n"
+
+
+def _first_and_best(table: results.Table) -> list[str]:
+    """At the highest resolution, or most frames, that all rows are tested at; nothing if some were not run."""
+    scores = {name: results.scores(row, table["metric"]) for name, row in table["rows"].items()}
+    shared = set.intersection(*(set(of_row) for of_row in scores.values()))
+    first, *others = scores
+    if not shared or not others:
+        return []
+    tested = max(shared)
+    best = max(others, key=lambda name: fmean(scores[name][tested]))
+    cells = [
+        [row["label"], results.percent(scores[name][tested]), results.minutes(row)]
+        for name, row in table["rows"].items()
+        if name in (first, best)
+    ]
+    return [table["title"], results.size(table, tested), *itertools.chain(*cells)]
 
 
 def renewed(page: str, text: str) -> str:

@@ -22,7 +22,7 @@ def sweep(paper: str, tables: Mapping[str, ConfigDict]) -> ConfigDict:
 
 
 def table(title: str, note: str, rows: Mapping[str, ConfigDict]) -> ConfigDict:
-    """A table with these rows."""
+    """A table with these rows, of which the first one is what the others are compared with."""
     return ConfigDict({"title": title, "note": note, "rows": ConfigDict(dict(rows), sort_keys=False)})
 
 

@@ -228,6 +228,21 @@ def test_results_of_an_unknown_paper_are_refused(folder):
         tables.load_known(folder)
 
 
+def test_the_readme_has_the_first_row_and_the_best_of_the_others(folder):
+    found = results.load(folder)
+    of_table = found["zero_shot"]["tables"]["from_8"]
+    of_table["rows"]["worse"] = of_table["rows"]["conv"] | {"label": "Worse", "runs": {"0": run(0.3)}}
+    *_, line = tables.of_readme(found).splitlines()
+    first, best = ["S4ND", "27.50 ± 3.54", "1.5 min"], ["Conv2D", "20.00", "1.5 min"]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == ["From 8", "32 x 32", *first, *best]
+
+
+def test_the_readme_has_no_line_for_what_was_not_run(folder):
+    found = results.load(folder)
+    found["zero_shot"]["tables"]["from_8"]["rows"]["conv"]["runs"] = {}
+    assert tables.of_readme(found) == tables.of_readme({}) == "No sweep has been run yet.\n"
+
+
 def test_a_page_without_markers_is_refused():
     with pytest.raises(ConfigError, match="--readme must be a page with"):
         tables.renewed("no markers", "text")
