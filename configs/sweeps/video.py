@@ -48,10 +48,10 @@ def videos(name: str) -> ConfigDict:
     config.data.update(frames=12, seconds=0.96, image_size=48)
     config.augment.short_side = (48, 60)
     config.batch_size, config.accumulate = 8, 1
-    config.epochs = 20.0
+    config.epochs = 12.0
     config.optimizer.update(lr=3e-4, ssm_lr=3e-4, warmup_epochs=2.0)
-    config.eval.update(every_epochs=5.0, short_side=48, batch_size=16, frames=(12, 24))
-    config.checkpoint_every_epochs = 5.0
+    config.eval.update(every_epochs=4.0, short_side=48, batch_size=16, frames=(12, 24))
+    config.checkpoint_every_epochs = 4.0
     return config
 
 
