@@ -54,8 +54,8 @@ def check_replaceable(path: epath.Path, found: Mapping[str, Any]) -> None:
     there = _finished(_read(path))
     if lost := sorted(name for name, run in there.items() if _finished(found).get(name) != run):
         raise ConfigError(
-            f"{path} has results of {len(lost)} runs that are not in the workdir, such as {lost[0]}. Move it away, or "
-            "give another --workdir or --results."
+            f"{path} has results that this sweep and its workdir do not have, of {', '.join(lost[:3])}"
+            f"{' and others' if len(lost) > 3 else ''}. Move it away, or give another --workdir or --results."
         )
 
 
@@ -98,7 +98,10 @@ def size(table: Table, tested: int) -> str:
 def minutes(row: Row) -> str:
     """The median time of training, in words."""
     seconds = [run["seconds"] for run in row["runs"].values() if run.get("seconds") is not None]
-    return f"{statistics.median(seconds) / 60:.1f} min" if seconds else ""
+    if not seconds:
+        return ""
+    median = statistics.median(seconds)
+    return f"{median / 60:.1f} min" if median >= 60 else f"{median:.0f} s"
 
 
 def columns(table: Table) -> list[str]:
@@ -140,7 +143,8 @@ def caption(table: Table) -> str:
     seeds = "; mean and standard deviation over seeds" if any(len(row["runs"]) > 1 for row in of) else ""
     return (
         f"{'; '.join(sizes)}; {' or '.join(budgets)}. {metric[0].upper()}{metric[1:]} on the test {tested}, at the "
-        f"best checkpoint by validation{seeds}. Median time of training on {', '.join(devices) or 'nothing yet'}. "
+        f"best checkpoint by validation{seeds}. Median time of training on {', '.join(devices) or 'nothing yet'}, "
+        f"without compilation, tests and checkpoints, beside whatever else the machine did. "
         f"{table['note']}"
     ).strip()
 

@@ -21,6 +21,8 @@ import datetime
 import json
 import math
 import re
+import shlex
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -39,7 +41,7 @@ from rich.table import Table
 
 from experiments import results
 from experiments.command import config_flag, fail, run_command
-from experiments.config import Config, ConfigError, claim_workdir, section, write_file
+from experiments.config import Config, ConfigError, check_workdir, claim_workdir, section, write_file
 from experiments.experiment import Experiment, build
 from experiments.problem import is_detector
 from experiments.report import save_pictures
@@ -114,6 +116,10 @@ def sweep(
 
 def plan(config: Config, workdir: epath.Path) -> list[Run]:
     """All runs, those of one seed after another. Raises ConfigError for seeds, labels and weights that cannot be."""
+    if missing := [name for name in ("paper", "seeds", "tables") if name not in config]:
+        raise ConfigError(
+            f"config has no {', '.join(missing)}: experiments.sweep takes configs like those in configs/sweeps/."
+        )
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"config.seeds must be different numbers, at least one, got {config.seeds}.")
     if not config.tables:
@@ -161,24 +167,26 @@ def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
                 message = str(error).replace("config.", f"config.tables.{run.table}.rows.{run.row}.run.")
                 raise ConfigError(message) from error
         if run.workdir.exists():
-            claim_workdir(run.workdir, run.config)
+            try:
+                check_workdir(run.workdir, run.config)
+            except ConfigError as error:
+                raise ConfigError(f"{error} To train only this row anew, remove {run.workdir.parent}.") from error
     return experiments
 
 
 def _train_all(runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
     start = time.monotonic()
     for done, run in enumerate(unfinished):
+        if run.finished:  # by another process in the meantime
+            continue
         if jax.process_index() == 0:
             left = ""
             if done:
                 seconds = (time.monotonic() - start) / done * (len(unfinished) - done)
                 left = f", {datetime.timedelta(seconds=round(seconds))} left at this pace"
             finished = sum(run.finished for run in runs)
-            print(
-                f"{finished} of {len(runs)} runs are finished; {done + 1} of the {len(unfinished)} to do here: "
-                f"{run.name}{left}",
-                flush=True,
-            )
+            number = f"run {done + 1} of {len(unfinished)} here, {finished} of all {len(runs)} are finished"
+            print(f"{number}: {run.name}{left}", flush=True)
         _train(run)
 
 
@@ -194,7 +202,7 @@ def _train(run: Run) -> None:
     except Exception as error:  # whatever it is, the others can go on
         first = traceback.format_exception_only(error)[-1].strip()
         print(f"{run.name} failed: {first}", flush=True)
-        if run.workdir.exists():
+        if run.workdir.exists() and not run.finished:
             write_file(run.error, first + "\n" + traceback.format_exc())
     jax.clear_caches()  # the next run has other functions
 
@@ -226,8 +234,8 @@ def _known(run: Run, experiment: Experiment) -> dict[str, Any]:
         if run.error.exists():
             return {"id": run.name, "state": "failed", "error": run.error.read_text().splitlines()[0]}
         return {"id": run.name, "state": "missing"}
-    found = json.loads((run.workdir / "results.json").read_text())
-    last = json.loads((run.workdir / "run.json").read_text())["starts"][-1]
+    found = _read(run.workdir / "results.json")
+    last = _read(run.workdir / "run.json")["starts"][-1]
     return {
         "id": run.name,
         "state": "finished",
@@ -236,6 +244,13 @@ def _known(run: Run, experiment: Experiment) -> dict[str, Any]:
         "ended": last.get("end"),
         **{name: last[name] for name in ("device", "devices", "commit", "versions")},
     }
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is no JSON: {error}. Remove {path.parent} to train this run anew.") from error
 
 
 def _training_seconds(run: Run, experiment: Experiment) -> float | None:
@@ -303,6 +318,13 @@ def parse_shard(text: str) -> tuple[int, int]:
     return number, shards
 
 
+def command_of(file: str, arguments: Sequence[str]) -> str:
+    """How a sweep is started elsewhere: with the fields that were changed, and folders to be filled in."""
+    fields = [argument for argument in arguments if argument.startswith("--config.")]
+    fields = [re.sub(r"(_dir)=.*", r"\1=FOLDER", field) for field in fields]
+    return shlex.join(["python", "-m", "experiments.sweep", f"--config={file}", *fields])
+
+
 def name_of(file: str) -> str:
     """Of a sweep, by its config's FILE or FILE:WORDS."""
     path, _, words = file.partition(":")
@@ -322,7 +344,7 @@ if __name__ == "__main__":
             config_flag.value,
             workdir_flag.value or f"runs/{name}",
             out=epath.Path(_RESULTS.value) / f"{name}.json",
-            command=f"python -m experiments.sweep --config={file}",
+            command=command_of(file, sys.argv[1:]),
             shard=parse_shard(_SHARD.value),
             summarize=_SUMMARIZE.value,
         )

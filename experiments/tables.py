@@ -46,14 +46,16 @@ What others report, with how sure it is, and what came out here. Results here ar
 which, and are no reproduction of a number that has another size: compare rows of one table with each other.
 **Multiply-adds** are of a forward pass of one image or clip, at the resolution of the last stage of training, and of
 what is computed on a TPU, where S4ND's convolutions are matrix products and take more of them than FFTs do.
-**TPU-hours** are chips (TPU v5e, if not said) times hours, by XLA's estimate of a step, without input, evaluation and
-waiting for others; a recipe is compiled by `python -m benchmarks.compile_matrix --topologies=v5e:8x8 --recipes=RECIPE`,
-whose files go into results/compile/. With `~` they are only counted: three forward passes of each image at 40 % of a
-TPU v5e's peak. Multiply-adds of detectors are not counted.
+**TPU-hours** are chips (TPU v5e, if not said) times hours: **by XLA**'s estimate of a step, without input, evaluation
+and waiting for others, of what was compiled by `python -m benchmarks.compile_matrix --topologies=v5e:8x8
+--recipes=RECIPE`, whose files go into results/compile/; and **counted**, three forward passes of each image at 40 % of
+a TPU v5e's peak, which is much too few. Compare within a column. Multiply-adds of detectors are not counted.
 """
 
 _CHIP, _SHARE = TPUS["v5e"], 0.4
 """What counted hours are of, and how much of its peak they suppose."""
+
+_HOURS = "TPU-hours by XLA", "TPU-hours counted"
 
 _METHODS = "Multiply-adds counted here are those on a TPU, where S4ND's convolutions are matrix products, not FFTs."
 
@@ -123,6 +125,8 @@ class Known(NamedTuple):
 def load_known(folder: epath.PathLike) -> Known:
     """From a directory of results. Raises ConfigError for files that are none."""
     folder = epath.Path(folder)
+    if not folder.is_dir():
+        raise ConfigError(f"--results={folder} is no directory.")
     return Known(results.load(folder), tpu_hours(folder / "compile"), _counted(folder / "counted/recipes.json"))
 
 
@@ -157,7 +161,15 @@ def count(config: Config) -> dict[str, Any]:
 
 
 def sheets(paper: str, known: Known) -> Iterator[Sheet]:
-    """Of a paper: its tables, numbers without one, and the tables of its sweeps."""
+    """Of a paper: the tables of its sweeps, its own tables, and numbers without one."""
+    for sweep, of_sweep in known.found.items():
+        if of_sweep["paper"] == paper:
+            for name, table in of_sweep["tables"].items():
+                caption = f"{results.caption(table)} Runs are in {sweep}/{name}/; `{of_sweep['command']}`."
+                title = f"{table['title']} (here, at a reduced size)"
+                ids = [_ids(row, of_row) for row, of_row in table["rows"].items()]
+                rows = [[*cells, of_row] for cells, of_row in zip(results.rows(table), ids, strict=True)]
+                yield Sheet(title, (*results.columns(table), "runs/"), rows, caption, ("parameters", "runs/"))
     caution = known.caution()
     for group in GROUPS:
         if group.paper == paper:
@@ -172,14 +184,6 @@ def sheets(paper: str, known: Known) -> Iterator[Sheet]:
         yield Sheet("Parameters and multiply-adds", columns, costs, _METHODS)
     claims = [list(claim[1:]) for claim in CLAIMS if claim.paper == paper]
     yield Sheet("Further numbers", ("what", "value", "source", "status"), claims, "")
-    for sweep, of_sweep in known.found.items():
-        if of_sweep["paper"] == paper:
-            for name, table in of_sweep["tables"].items():
-                caption = f"{results.caption(table)} Runs are in {sweep}/{name}/; `{of_sweep['command']}`."
-                title = f"{table['title']} (here, at a reduced size)"
-                ids = [_ids(row, of_row) for row, of_row in table["rows"].items()]
-                rows = [[*cells, of_row] for cells, of_row in zip(results.rows(table), ids, strict=True)]
-                yield Sheet(title, (*results.columns(table), "runs/"), rows, caption, ("parameters", "runs/"))
 
 
 def _ids(name: str, row: results.Row) -> str:
@@ -198,13 +202,13 @@ def _group(group: Group, known: Known, caution: str) -> Sheet:
             command = f"python -m experiments.train --config=configs/{recipe.name} --workdir=runs/{name}"
             counts = (known.count(recipe.name, what) for what in ("parameters", "multiply-adds"))
             compiled, counted = known.compiled.get(recipe.name), known.hours(recipe)
-            hours = str(compiled) if compiled else f"~{counted}" if counted else "not known"
-            rows.append([recipe.name, *counts, *_published(recipe.config), "not run", f"`{command}`", hours])
+            hours = [str(compiled) if compiled else "not compiled", f"~{counted}" if counted else "not counted"]
+            rows.append([recipe.name, *counts, *_published(recipe.config), "not run", f"`{command}`", *hours])
     there = [name for name in group.reduced if name in known.found]
-    caption = "None of these was run" + (f"; at a reduced size: {', '.join(there)}, below. " if there else ". ")
+    caption = "None of these was run" + (f"; at a reduced size: {', '.join(there)}, above. " if there else ". ")
     if any(row[-1].startswith("~") for row in rows):
         caption += caution
-    columns = ("recipe", "parameters", "multiply-adds", "published", "source", "here", "to run it", "TPU-hours")
+    columns = ("recipe", "parameters", "multiply-adds", "published", "source", "here", "to run it", *_HOURS)
     return Sheet(group.title, columns, rows, caption.strip(), ("parameters", "multiply-adds", "here", "to run it"))
 
 
@@ -298,7 +302,7 @@ def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
                 caption += f" To run one: {train}"
             table = Table(box=box.SIMPLE_HEAD, title=sheet.title, caption=caption, padding=(0, 1, 0, 0))
             for i in shown:
-                whole = sheet.columns[i] in ("recipe", "cost", "network", "TPU-hours")
+                whole = sheet.columns[i] in ("recipe", "cost", "network", *_HOURS)
                 table.add_column(sheet.columns[i], no_wrap=whole, overflow="fold")
             for row in sheet.rows:
                 table.add_row(*("" if row[i].startswith("not stated") else row[i] for i in shown))
@@ -310,7 +314,7 @@ def of_readme(found: Mapping[str, Any]) -> str:
     tables = [table for of_sweep in found.values() for table in of_sweep["tables"].values()]
     lines = [line for table in tables if (line := _first_and_best(table))]
     columns = ("experiment", "tested at", "baseline", "%", "training", "best of the others", "%", "training")
-    return results.markdown(columns, lines) if lines else "No sweep has been run yet.\n"
+    return results.markdown(columns, lines)
 
 
 def _first_and_best(table: results.Table) -> list[str]:
@@ -367,12 +371,14 @@ def main() -> None:
             known = load_known(folder.value)
             paper_sheets = {paper: [*sheets(paper, known)] for paper in PAPERS if paper in papers}
             if (readme := pages["readme"].value) is not None:
+                if not known.found:
+                    raise ConfigError(f"--results={folder.value} has no results to put into --readme={readme}.")
                 write_file(epath.Path(readme), renewed(epath.Path(readme).read_text(), of_readme(known.found)))
+            for name, make in {"markdown": markdown, "html": html}.items():
+                if path := pages[name].value:
+                    write_file(epath.Path(path), make(paper_sheets))
         except (ConfigError, OSError) as error:
             fail(str(error), status=2)
-        for name, make in {"markdown": markdown, "html": html}.items():
-            if path := pages[name].value:
-                write_file(epath.Path(path), make(paper_sheets))
         if not any(flag.value for flag in pages.values()):
             print_sheets(paper_sheets)
 

@@ -14,7 +14,7 @@ from experiments import results
 from experiments import sweep as module
 from experiments.config import ConfigError
 from experiments.experiment import build
-from experiments.sweep import name_of, parse_shard, picture
+from experiments.sweep import command_of, name_of, parse_shard, picture
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.loop import NonFiniteLossError, Stopped
 
@@ -221,9 +221,9 @@ def test_progress_is_told_over_all_runs(config, run, trained, capsys):
     run(config(seeds=(0,)))
     capsys.readouterr()
     run(config())
-    told = [line for line in capsys.readouterr().out.splitlines() if "runs are finished" in line]
-    assert told[0] == "2 of 4 runs are finished; 1 of the 2 to do here: digits/plain/seed_1"
-    assert told[1].startswith("3 of 4 runs are finished; 2 of the 2 to do here: digits/s6la/seed_1, 0:00:0")
+    told = [line for line in capsys.readouterr().out.splitlines() if "are finished" in line]
+    assert told[0] == "run 1 of 2 here, 2 of all 4 are finished: digits/plain/seed_1"
+    assert told[1].startswith("run 2 of 2 here, 3 of all 4 are finished: digits/s6la/seed_1, 0:00:0")
 
 
 def test_shards_together_are_one_process(config, run, trained, tmp_path):
@@ -255,7 +255,9 @@ def test_results_of_other_runs_are_not_written_over(config, run, trained, tmp_pa
     before = (tmp_path / "results/runs.json").read_text()
     (tmp_path / "runs").rename(tmp_path / "elsewhere")
     trained.clear()
-    with pytest.raises(ConfigError, match=r"runs\.json has results of 4 runs that are not in the workdir"):
+    with pytest.raises(
+        ConfigError, match=r"runs\.json has results that this .* of digits/plain/seed_0, .* and others\. Move it away"
+    ):
         run(config())
     assert trained == []
     assert (tmp_path / "results/runs.json").read_text() == before
@@ -312,7 +314,41 @@ def test_runs_of_another_budget_are_not_mixed_with_those_that_are_there(config, 
     trained.clear()
     with pytest.raises(ConfigError, match=r"s6la/seed_0 holds a run of another config:\n  config\.epochs: 2\.0 there"):
         run(config(epochs=5.0))
+    with pytest.raises(ConfigError, match=r"To train only this row anew, remove \S*/runs/digits/s6la\.$"):
+        run(config(epochs=5.0))
     assert trained == []
+
+
+def test_a_run_that_another_process_finishes_in_the_meantime_is_not_repeated(config, run, trained, monkeypatch):
+    def train(made, workdir):
+        trained(made, workdir)
+        if len(trained) == 1:
+            run(config(), shard=(2, 2))
+
+    monkeypatch.setattr(module, "train", train)
+    run(config())
+    assert sorted(trained) == sorted(RUNS)
+
+
+def test_a_finished_run_that_cannot_be_read_is_named(config, run, trained, tmp_path):
+    run(config())
+    (tmp_path / "runs/digits/plain/seed_1/results.json").write_text('{"test": ')
+    with pytest.raises(ConfigError, match=r"plain/seed_1/results\.json is no JSON: .* Remove .*plain/seed_1 to train"):
+        run(config(), summarize=True)
+
+
+def test_a_config_of_one_run_is_no_sweep(run):
+    with pytest.raises(
+        ConfigError, match=r"^config has no paper, seeds, tables: experiments\.sweep takes configs like"
+    ):
+        run(digits.get_config())
+
+
+def test_the_command_has_the_fields_that_were_changed_and_no_folders_of_this_machine():
+    arguments = ["--config=mine.py:8", "--config.data_dir=/data", "--workdir=runs/a", "--config.seeds=(3,)"]
+    assert command_of("mine.py:8", arguments) == (
+        "python -m experiments.sweep --config=mine.py:8 --config.data_dir=FOLDER '--config.seeds=(3,)'"
+    )
 
 
 @pytest.mark.parametrize(("text", "shard"), [("1/1", (1, 1)), ("2/3", (2, 3)), ("12/12", (12, 12))])
