@@ -15,7 +15,7 @@ import ssm_jax
 from experiments.config import Config
 from experiments.problem import Evaluate, Evaluation, Loss, Rows, Scores
 from experiments.stages import Stage
-from experiments.weights import start_from_weights
+from experiments.weights import check_start, start_from_weights
 from ssm_jax import plots
 from ssm_jax.data import recipe
 from ssm_jax.data.datasets import Dataset, Source
@@ -90,6 +90,10 @@ class ClassificationProblem:
 
     def start_from_weights(self, model: nnx.Module) -> None:  # noqa: D102
         start_from_weights(self.config, model, self.arguments)
+
+    def check_start(self, source: nnx.Module) -> None:
+        """Raises ConfigError unless its network can start from a run of one like `source`, which may be abstract."""
+        check_start(self.config, nnx.eval_shape(self.create_model), self.arguments, source)
 
     @property
     def task(self) -> Task:

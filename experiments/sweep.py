@@ -40,10 +40,10 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import results
+from experiments.classification import ClassificationProblem
 from experiments.command import config_flag, fail, run_command
 from experiments.config import Config, ConfigError, check_workdir, claim_workdir, section, write_file
 from experiments.experiment import Experiment, build
-from experiments.problem import is_detector
 from experiments.report import save_pictures
 from experiments.train import train, workdir_flag
 from ssm_jax import plots
@@ -160,9 +160,13 @@ def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
         if key not in experiments:
             try:
                 experiments[key] = build(run.config)
-                if not is_detector(run.config):  # images are not refused before
+                problem = experiments[key].problem
+                if isinstance(problem, ClassificationProblem):  # images are not refused before
                     with section(run.config, "model"):
                         experiments[key].check_evaluation()
+                    if run.weights is not None:
+                        table, row, _ = run.weights.parts[-3:]
+                        problem.check_start(experiments[table, row].abstract_model)
             except ConfigError as error:
                 message = str(error).replace("config.", f"config.tables.{run.table}.rows.{run.row}.run.")
                 raise ConfigError(message) from error

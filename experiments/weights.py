@@ -1,7 +1,7 @@
 """Weights of a file, or of another run, as the start of a run."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import jax
@@ -33,12 +33,21 @@ def start_from_weights(config: Config, model: nnx.Module, arguments: Mapping[str
     number of classes stays as it is. Raises ConfigError if there are no such weights, or they do not fit.
     """
     with _weights(config) as (path, state, of_run):
-        over_video = any(np.ndim(value) == 5 for value in state.values())  # kernels of convolutions
-        inflating = config.model.name in _OVER_IMAGES and not over_video
-        network = _over_images(config, arguments) if inflating else model
+        inflating = _inflates(config, state.values())
+        network = built(lambda: _over_images(config, arguments)) if inflating else model
         _load(network, _as_in_a_file(network, state) if of_run else state, path)
         if inflating:
             inflate(network, model)  # pyright: ignore[reportArgumentType]
+
+
+def check_start(config: Config, model: nnx.Module, arguments: Mapping[str, Any], source: nnx.Module) -> None:
+    """Raises ConfigError unless `model` can start from a run of a network like `source`; both may be abstract."""
+    leaves = jax.tree.leaves(nnx.state(source))
+    network = nnx.eval_shape(lambda: _over_images(config, arguments)) if _inflates(config, leaves) else model
+    try:
+        _check_names(network, {".".join(map(str, path)) for path, _ in _of_weights(source)})
+    except ValueError as error:
+        raise ConfigError(f"config.weights: {error}") from error
 
 
 def start_detector_from_weights(config: Config, detector: Any) -> None:
@@ -84,15 +93,23 @@ def _of_run(folder: epath.Path, step: int | None) -> dict[str, np.ndarray]:
 
 def _as_in_a_file(model: nnx.Module, state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Values of a network like `model` by its own names, as `save_safetensors` would write them."""
-    flat = nnx.to_flat_state(nnx.state(model))
-    names = {path: ".".join(map(str, path)) for path, _ in flat}
-    kinds = {path for path, variable in flat if isinstance(variable, (nnx.Param, nnx.BatchStat))}
-    problems = [f"{name} is missing" for path, name in names.items() if path in kinds and name not in state]
-    problems += [f"{name} is unexpected" for name in state.keys() - names.values()]
+    _check_names(model, state.keys())
+    return torch_state(model, {path: state[".".join(map(str, path))] for path, _ in _of_weights(model)})
+
+
+def _of_weights(model: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Variable[Any]]]:
+    """What a file of its weights has: parameters and statistics, by path."""
+    return [*nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat)))]
+
+
+def _check_names(model: nnx.Module, given: Set[str]) -> None:
+    """Raises ValueError unless these are the names of a model's weights; its other variables may be among them."""
+    known = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model))}
+    needed = {".".join(map(str, path)) for path, _ in _of_weights(model)}
+    problems = [f"{name} is missing" for name in needed - given] + [f"{name} is unexpected" for name in given - known]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"weights do not fit {type(model).__name__}: {'; '.join(sorted(problems)[:5])}{more}.")
-    return torch_state(model, {path: state[names[path]] for path in kinds})
 
 
 def _load(model: nnx.Module, state: Mapping[str, Any], path: epath.Path) -> None:
@@ -103,12 +120,18 @@ def _load(model: nnx.Module, state: Mapping[str, Any], path: epath.Path) -> None
         logging.warning("%s has other classes: the classifier starts at random.", path)
 
 
+def _inflates(config: Config, arrays: Iterable[Any]) -> bool:
+    """Whether a network over video is to start from weights of one over images."""
+    over_video = any(len(array.shape) == 5 for array in arrays)  # kernels of convolutions
+    return config.model.name in _OVER_IMAGES and not over_video
+
+
 def _over_images(config: Config, arguments: Mapping[str, Any]) -> nnx.Module:
     """The network that the one over video is inflated from, at random."""
     options: dict[str, Any] = {**arguments, **_OVER_IMAGES[config.model.name]}
     if "img_size" in options:
         options["img_size"] = tuple(options["img_size"])[1:]
-    return built(lambda: ssm_jax.create_model(rngs=nnx.Rngs(0), **options))
+    return ssm_jax.create_model(rngs=nnx.Rngs(0), **options)
 
 
 def built(create: Callable[[], nnx.Module]) -> nnx.Module:

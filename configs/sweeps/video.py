@@ -16,7 +16,7 @@ from configs.common import hmdb51, sweeps
 from configs.sweeps import tiny_imagenet
 
 NETWORK = {name: tiny_imagenet.CONVNEXT[name] for name in ("depths", "dims")}
-NAMES = {"convnext": "convnext_tiny", "s4nd": "convnext_tiny_s4nd"}
+IMAGES = {"convnext": {"name": "convnext_tiny"}, "s4nd": {"name": "convnext_tiny_s4nd", "stem": "patch"}}
 VIDEO = {
     "i3d": ("I3D", "convnext_tiny_i3d", "convnext"),
     "s3d": ("S3D", "convnext_tiny_s3d", "convnext"),
@@ -26,8 +26,11 @@ VIDEO = {
 
 def get_config() -> ConfigDict:
     before = {
-        name: sweeps.row(network, tiny_imagenet.run(network, epochs=3.0, **tiny_imagenet.CONVNEXT, **mixer(network)))
-        for name, network in NAMES.items()
+        name: sweeps.row(
+            network["name"],
+            tiny_imagenet.run(epochs=3.0, **network, **tiny_imagenet.CONVNEXT, **mixer(network["name"])),
+        )
+        for name, network in IMAGES.items()
     }
     rows = {
         name: sweeps.row(label, videos(network), weights_of=f"images/{start}")

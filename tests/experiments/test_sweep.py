@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import jax
@@ -452,6 +453,21 @@ def test_all_rows_are_of_networks_that_there_are(name, jpeg_dir, tmp_path):
     for run in module.plan(config, jpeg_dir):
         if run.seed == 0:
             assert build(run.config).dataset.title in ("CIFAR-10, JPEG copy", "tiny_imagenet20", "HMDB-51, split 1")
+
+
+@pytest.mark.parametrize("stem", ["patch", "new_s4nd_patch"])
+def test_weights_that_do_not_fit_are_noticed_before_the_first_run(stem, jpeg_dir, tmp_path):
+    config = video.get_config()
+    config.data_dir, config.video_dir = str(jpeg_dir), str(standin.make("hmdb51", tmp_path))
+    config.tables.images.rows.s4nd.run.model.stem = stem
+    for table in config.tables.values():
+        for row in table.rows.values():
+            row.run.batch_size = 48  # there are no more than 54 images
+            row.run.optimizer.warmup_epochs = 0.0
+    wrong = r"^config\.tables\.videos\.rows\.s4nd\.run\.weights: weights do not fit .*: stem\.conv\.bias is missing"
+    fits = contextlib.nullcontext() if stem == "patch" else pytest.raises(ConfigError, match=wrong)
+    with fits:
+        assert len(module._check(module.plan(config, tmp_path / "runs"))) == 5
 
 
 def test_tables_and_rows_keep_their_order():
