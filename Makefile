@@ -16,7 +16,7 @@ WORKDIR ?= runs/digits
 ARGS ?=
 VENV = .venv/bin/python
 
-.PHONY: help train test faults check docs lock clean
+.PHONY: help train test slow faults check docs lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */make \1\t/'
@@ -24,8 +24,11 @@ help:  ## this list
 train: .venv/installed  ## trains the digits network (WORKDIR=runs/digits, ARGS="--config.FIELD=VALUE ...")
 	$(VENV) -m experiments.train --config=configs/s4nd/digits.py --workdir=$(WORKDIR) $(ARGS)
 
-test: .venv/installed  ## all tests, and most of them once more in the tree mode that Flax NNX is moving to
-	$(VENV) -m pytest -n auto --dist worksteal -m "not faults" $(ARGS)
+test: .venv/installed  ## the tests, but for the long ones
+	$(VENV) -m pytest -n auto --dist worksteal -m "not slow and not faults" $(ARGS)
+
+slow: .venv/installed  ## the long tests, and others once more in the tree mode that Flax NNX is moving to
+	$(VENV) -m pytest -n auto --dist worksteal -m slow $(ARGS)
 	NNX_GRAPH_MODE=false NNX_GRAPH_UPDATES=false $(VENV) -m pytest -n auto --dist worksteal -m "not slow" \
 		tests/layers tests/models tests/training tests/experiments $(ARGS)
 

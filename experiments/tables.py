@@ -369,10 +369,11 @@ def main() -> None:
                 write_file(path, json.dumps(counted, indent=1) + "\n")
                 return
             known = load_known(folder.value)
+            readme = pages["readme"].value
+            if readme is not None and not known.found:
+                raise ConfigError(f"--results={folder.value} has no results to put into --readme={readme}.")
             paper_sheets = {paper: [*sheets(paper, known)] for paper in PAPERS if paper in papers}
-            if (readme := pages["readme"].value) is not None:
-                if not known.found:
-                    raise ConfigError(f"--results={folder.value} has no results to put into --readme={readme}.")
+            if readme is not None:
                 write_file(epath.Path(readme), renewed(epath.Path(readme).read_text(), of_readme(known.found)))
             for name, make in {"markdown": markdown, "html": html}.items():
                 if path := pages[name].value:

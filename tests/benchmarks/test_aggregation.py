@@ -148,6 +148,7 @@ def test_picture_shows_medians_and_limits():
         assert [label.get_text() for label in axes.get_xticklabels()] == list(kept)
 
 
+@pytest.mark.slow
 def test_run_writes_what_it_measured(tmp_path, capsys):
     with flagsaver.as_parsed(dtype="bfloat16"):
         aggregation.main([])

@@ -38,6 +38,7 @@ def without(*packages):
     return lambda name: None if name in packages else find(name)
 
 
+@pytest.mark.slow
 def test_networks_are_ours_and_so_are_their_baselines(monkeypatch):
     monkeypatch.undo()
     for name, network in backbones.NETWORKS.items():

@@ -77,6 +77,7 @@ def test_picture_shows_the_ratios():
     assert [label.get_text() for label in axes.get_xticklabels()] == ["one", "two"]
 
 
+@pytest.mark.slow
 def test_run_writes_what_it_measured(monkeypatch, tmp_path, capsys):
     shapes = {"small": s4nd.Shape(2, (4, 3), 4, (3, 3), 2), "sequence": s4nd.Shape(2, (5,), 4, None)}
     monkeypatch.setattr(s4nd, "SHAPES", shapes)

@@ -122,6 +122,7 @@ def test_a_batch_without_objects_has_losses_of_the_background_alone(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((values, gradients)))
 
 
+@pytest.mark.slow
 def test_in_bfloat16_boxes_and_losses_are_float32():
     images, sizes, objects = batch(1, side=32)
     detector = small("faster_rcnn", dtype=jnp.bfloat16)
@@ -143,6 +144,7 @@ def divided(f, mesh, whole, rows):
         return program(whole, rows), compiled.collectives(program.as_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn"])
 def test_losses_and_gradients_of_eight_devices_are_those_of_one_and_only_sums_are_exchanged(name):
     loss, params = loss_of(small(name))

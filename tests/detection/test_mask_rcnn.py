@@ -106,6 +106,7 @@ def test_objects_must_have_masks():
         losses(small("mask_rcnn"), images, sizes, objects)
 
 
+@pytest.mark.slow
 def test_in_bfloat16_losses_are_finite():
     images, sizes, objects = batch(1, side=32, masks=True)
     values, gradients, _ = losses(small("mask_rcnn", dtype=jnp.bfloat16), images, sizes, objects)

@@ -147,6 +147,7 @@ def test_the_loss_of_boxes_is_an_argument():
     assert 0 < other["bbox_regression"] < 2
 
 
+@pytest.mark.slow
 def test_in_bfloat16_boxes_and_losses_are_float32():
     images, sizes, objects = batch(1, side=32)
     detector = small("retinanet", dtype=jnp.bfloat16)

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+pytestmark = pytest.mark.slow  # programs are started, networks compiled
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PLACEHOLDERS = {"configs/FILE": "configs/s4nd/digits.py", "configs/sweeps/NAME.py": "configs/sweeps/zero_shot.py"}
@@ -33,7 +35,6 @@ def blocks(page):
             yield token.info.strip(), token.content
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_in_the_docs_runs(page, tmp_path):
     code = [text for language, text in blocks(page) if language == "python"]

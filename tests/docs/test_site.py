@@ -9,6 +9,10 @@ import sys
 import zlib
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # all pages and notebooks are built
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "ssm_jax"
 

@@ -263,6 +263,7 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_from_it(command, tmp_path
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [step]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_amid_an_evaluation_evaluates_that_first(finished, tiny_config, tmp_path, monkeypatch):
     """After 11 steps and 2 questions about the evaluation at step 8, it is stopped in that of the last step, 12."""
     workdir, config, scores = finished

@@ -24,6 +24,8 @@ from ssm_jax.data.datasets import load_dataset
 from ssm_jax.detection.evaluation import evaluate, read_results
 from ssm_jax.training.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.slow  # detectors are compiled
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -139,7 +141,6 @@ def test_a_detector_starts_from_another(small, finished, tmp_path):
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
-@pytest.mark.slow
 def test_the_backbone_of_a_detector_starts_from_a_classifier(small, tmp_path):
     """A run, or the file that is exported of it."""
     config = imagenet_resnet50_s6la.get_config()
@@ -219,7 +220,6 @@ def test_networks_that_tell_classes_need_nothing_of_detectors():
     assert set(coco.retinanet("resnet50").model) == {"name", "backbone"}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_processes_find_what_one_finds(small, finished, folder, tmp_path):
     """Two processes of four devices each, and one with eight."""

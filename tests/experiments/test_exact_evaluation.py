@@ -14,6 +14,8 @@ from experiments.train import train
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow  # several runs
+
 CONVOLUTION = {"model": {"name": "isotropic_conv2d", "d_model": 8, "n_layers": 1, "mixer": {"kernel_size": 3}}}
 """A network that compiles fast."""
 

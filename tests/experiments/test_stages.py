@@ -13,6 +13,8 @@ from experiments.train import train
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.metrics import MetricWriter, read_metrics
 
+pytestmark = pytest.mark.slow  # each stage has a step of its own to compile
+
 STAGES = {
     "stages.epochs": (1.75, 1.25),
     "stages.resolutions": (4, 8),

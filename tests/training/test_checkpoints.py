@@ -157,6 +157,7 @@ def test_a_checkpoint_can_be_restored_at_once(checkpoints, assert_same):
         assert_same(restored, state)
 
 
+@pytest.mark.slow
 def test_a_state_is_restored_onto_another_mesh(tiny, tmp_path, monkeypatch, assert_same):
     monkeypatch.setattr(sharding, "_MIN_SHARDED_BYTES", 0)
     sizes = [{"data": 8}, {"data": 2, "fsdp": 4}, {"data": 4, "fsdp": 2}]
@@ -262,6 +263,7 @@ def flipped(data, index):
     return data[:index] + bytes([data[index] ^ 4]) + data[index + 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", DAMAGES)
 def test_damage_to_any_file_is_noticed_or_harmless(saved, tmp_path, assert_same, how):
     folder, state = saved
