@@ -150,6 +150,7 @@ class S4ND(nnx.Module):
             rngs: source of the `dropout` stream, needed when training with dropout.
 
         Raises:
+            TypeError: for a rate that is traced: the length of kernels depends on it.
             ValueError: for a wrong number of axes or features, integers, or an impossible rate.
         """
         x = self._input(u, len(self.kernels))
@@ -209,6 +210,11 @@ class S4ND(nnx.Module):
     def _rates(self, rate: float | int | Sequence[float | int]) -> tuple[float | int, ...]:
         """The rate of each axis."""
         rates = tuple(rate) if isinstance(rate, Sequence) else (rate,) * len(self.kernels)
+        if any(isinstance(r, jax.core.Tracer) for r in rates):
+            raise TypeError(
+                "rate must be known when a function is compiled, got a traced value: give it as jax.jit(..., "
+                "static_argnames='rate'), or close over it."
+            )
         if len(rates) != len(self.kernels) or not all(0 < r < math.inf for r in rates):
             raise ValueError(
                 f"rate must be positive, one number or one for each of {len(self.kernels)} axes, got {rate}."

@@ -458,6 +458,13 @@ def test_impossible_rate_is_rejected(rate):
         small(2)(jnp.ones((2, 4, 4, 3)), rate=rate)
 
 
+def test_a_traced_rate_is_answered_with_what_to_do():
+    layer = small(2)
+    rates = S4ND._rates.__wrapped__  # as users have it, without the tests' checks of types
+    with pytest.raises(TypeError, match=r"^rate must be known when a function is compiled, .*static_argnames='rate'"):
+        jax.jit(lambda rate: rates(layer, rate))(0.5)
+
+
 def test_axes_may_have_options_of_their_own():
     own = [{"d_state": 6, "bandlimit": 0.5}, {}]
     layer = S4ND(4, dims=2, d_state=8, per_axis=own, rngs=nnx.Rngs(0))
