@@ -150,6 +150,6 @@ def caption(table: Table) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table for GitHub, with columns of numbers to the right."""
-    signs = ["--:" if all(row[i][:1].isdigit() for row in rows) else ":--" for i in range(len(columns))]
+    """A table for GitHub, with columns of numbers, but for the first, to the right."""
+    signs = ["--:" if i > 0 and all(row[i][:1].isdigit() for row in rows) else ":--" for i in range(len(columns))]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [columns, signs, *rows])
