@@ -92,7 +92,7 @@ class ClassificationProblem:
         start_from_weights(self.config, model, self.arguments)
 
     def check_start(self, source: nnx.Module) -> None:
-        """Raises ConfigError unless its network can start from a run of one like `source`, which may be abstract."""
+        """Raises ValueError unless its network's weights have the names of those of `source`, which may be abstract."""
         check_start(self.config, nnx.eval_shape(self.create_model), self.arguments, source)
 
     @property

@@ -63,7 +63,7 @@ def _finished(found: Mapping[str, Any]) -> dict[str, Any]:
     """Scores and end of each finished run."""
     return {
         run["id"]: (run["scores"], run["ended"])
-        for table in found.get("tables", {}).values()
+        for table in found["tables"].values()
         for row in table["rows"].values()
         for run in row["runs"].values()
         if run["state"] == "finished"

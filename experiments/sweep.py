@@ -44,6 +44,7 @@ from experiments.classification import ClassificationProblem
 from experiments.command import config_flag, fail, run_command
 from experiments.config import Config, ConfigError, check_workdir, claim_workdir, section, write_file
 from experiments.experiment import Experiment, build
+from experiments.published import PAPERS
 from experiments.report import save_pictures
 from experiments.train import train, workdir_flag
 from ssm_jax import plots
@@ -120,6 +121,8 @@ def plan(config: Config, workdir: epath.Path) -> list[Run]:
         raise ConfigError(
             f"config has no {', '.join(missing)}: experiments.sweep takes configs like those in configs/sweeps/."
         )
+    if config.paper not in PAPERS:
+        raise ConfigError(f"config.paper must be {' or '.join(PAPERS)}, got {config.paper!r}.")
     if not config.seeds or len(set(config.seeds)) < len(config.seeds):
         raise ConfigError(f"config.seeds must be different numbers, at least one, got {config.seeds}.")
     if not config.tables:
@@ -164,34 +167,42 @@ def _check(runs: Sequence[Run]) -> dict[tuple[str, str], Experiment]:
                 if isinstance(problem, ClassificationProblem):  # images are not refused before
                     with section(run.config, "model"):
                         experiments[key].check_evaluation()
-                    if run.weights is not None:
-                        table, row, _ = run.weights.parts[-3:]
-                        problem.check_start(experiments[table, row].abstract_model)
             except ConfigError as error:
                 message = str(error).replace("config.", f"config.tables.{run.table}.rows.{run.row}.run.")
                 raise ConfigError(message) from error
+            if run.weights is not None and isinstance(problem, ClassificationProblem):
+                table, row, _ = run.weights.parts[-3:]
+                try:
+                    problem.check_start(experiments[table, row].abstract_model)
+                except ValueError as error:
+                    field = f"config.tables.{run.table}.rows.{run.row}.weights_of"
+                    raise ConfigError(f"{field}={f'{table}/{row}'!r}: {error}") from error
         if run.workdir.exists():
             try:
                 check_workdir(run.workdir, run.config)
             except ConfigError as error:
-                raise ConfigError(f"{error} To train only this row anew, remove {run.workdir.parent}.") from error
+                raise ConfigError(
+                    f"{error} To train only this row anew, remove {run.workdir.parent}, and the sweep's results if "
+                    "they have it."
+                ) from error
     return experiments
 
 
 def _train_all(runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
-    start = time.monotonic()
+    start, trained = time.monotonic(), 0
     for done, run in enumerate(unfinished):
         if run.finished:  # by another process in the meantime
             continue
         if jax.process_index() == 0:
             left = ""
-            if done:
-                seconds = (time.monotonic() - start) / done * (len(unfinished) - done)
+            if trained:
+                seconds = (time.monotonic() - start) / trained * (len(unfinished) - done)
                 left = f", {datetime.timedelta(seconds=round(seconds))} left at this pace"
             finished = sum(run.finished for run in runs)
             number = f"run {done + 1} of {len(unfinished)} here, {finished} of all {len(runs)} are finished"
             print(f"{number}: {run.name}{left}", flush=True)
         _train(run)
+        trained += 1
 
 
 def _train(run: Run) -> None:
@@ -254,7 +265,10 @@ def _read(path: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ConfigError(f"{path} is no JSON: {error}. Remove {path.parent} to train this run anew.") from error
+        raise ConfigError(
+            f"{path} is no JSON: {error}. Remove {path.parent}, and the sweep's results if they have it, to train this "
+            "run anew."
+        ) from error
 
 
 def _training_seconds(run: Run, experiment: Experiment) -> float | None:
@@ -325,7 +339,9 @@ def parse_shard(text: str) -> tuple[int, int]:
 def command_of(file: str, arguments: Sequence[str]) -> str:
     """How a sweep is started elsewhere: with the fields that were changed, and folders to be filled in."""
     fields = [argument for argument in arguments if argument.startswith("--config.")]
-    fields = [re.sub(r"(_dir)=.*", r"\1=FOLDER", field) for field in fields]
+    fields = [
+        re.sub(r"(?<=[._])(\w*dir)=.*", lambda found: f"{found[1]}={found[1].upper()}", field) for field in fields
+    ]
     return shlex.join(["python", "-m", "experiments.sweep", f"--config={file}", *fields])
 
 

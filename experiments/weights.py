@@ -41,13 +41,10 @@ def start_from_weights(config: Config, model: nnx.Module, arguments: Mapping[str
 
 
 def check_start(config: Config, model: nnx.Module, arguments: Mapping[str, Any], source: nnx.Module) -> None:
-    """Raises ConfigError unless `model` can start from a run of a network like `source`; both may be abstract."""
+    """Raises ValueError unless what `model` starts from has the names of `source`'s weights; both may be abstract."""
     leaves = jax.tree.leaves(nnx.state(source))
     network = nnx.eval_shape(lambda: _over_images(config, arguments)) if _inflates(config, leaves) else model
-    try:
-        _check_names(network, {".".join(map(str, path)) for path, _ in _of_weights(source)})
-    except ValueError as error:
-        raise ConfigError(f"config.weights: {error}") from error
+    _check_names(network, {".".join(map(str, path)) for path, _ in _of_weights(source)})
 
 
 def start_detector_from_weights(config: Config, detector: Any) -> None:
@@ -122,8 +119,7 @@ def _load(model: nnx.Module, state: Mapping[str, Any], path: epath.Path) -> None
 
 def _inflates(config: Config, arrays: Iterable[Any]) -> bool:
     """Whether a network over video is to start from weights of one over images."""
-    over_video = any(len(array.shape) == 5 for array in arrays)  # kernels of convolutions
-    return config.model.name in _OVER_IMAGES and not over_video
+    return config.model.name in _OVER_IMAGES and not any(np.ndim(array) == 5 for array in arrays)  # kernels over video
 
 
 def _over_images(config: Config, arguments: Mapping[str, Any]) -> nnx.Module:

@@ -39,7 +39,11 @@ def get_config() -> ConfigDict:
     size = "Stages of 1, 1, 2, 1 blocks of width 32 to 256"
     tables = {
         "images": sweeps.table("Networks over images, of which those over video are made", f"{size}.", before),
-        "videos": sweeps.table("Inflated ConvNeXts on video", f"{size}; trained on 12 frames of 48 x 48.", rows),
+        "videos": sweeps.table(
+            "Inflated ConvNeXts on video",
+            f"{size}; trained on 12 frames of 48 x 48. Validation is on the test clips.",
+            rows,
+        ),
     }
     return sweeps.sweep("s4nd", tables)
 

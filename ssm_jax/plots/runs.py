@@ -165,7 +165,8 @@ def _lines(axes: Axes, labels: Mapping[str, Mapping[int, Sequence[float]]]) -> N
             means = [100 * float(np.mean(values)) for values in runs.values()]
             spread = [100 * float(np.std(values, ddof=1)) if len(values) > 1 else 0.0 for values in runs.values()]
             # A little to the side of each other, or error bars hide each other: a twelfth of an octave in all.
-            places = [place * 2 ** ((i / max(len(labels) - 1, 1) - 0.5) / 12) for place in runs]
+            aside = (i - (len(labels) - 1) / 2) / max(len(labels) - 1, 1) / 12
+            places = [place * 2**aside for place in runs]
             axes.errorbar(places, means, spread, fmt="o-", color=f"C{i}", capsize=3, markersize=4, label=label)
     axes.set_xscale("log", base=2)
     axes.minorticks_off()

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-pytestmark = pytest.mark.slow  # programs are started, networks compiled
-
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-PLACEHOLDERS = {"configs/FILE": "configs/s4nd/digits.py", "configs/sweeps/NAME.py": "configs/sweeps/zero_shot.py"}
+PLACEHOLDERS = {
+    "configs/FILE": "configs/s4nd/digits.py",
+    "configs/sweeps/NAME.py": "configs/sweeps/zero_shot.py",
+    "mine.py": "configs/sweeps/zero_shot.py",
+}
 
 
 def python(code, *arguments, cwd=ROOT):
@@ -35,6 +37,7 @@ def blocks(page):
             yield token.info.strip(), token.content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_python_in_the_docs_runs(page, tmp_path):
     code = [text for language, text in blocks(page) if language == "python"]
@@ -133,6 +136,7 @@ def refused(commands):
     return done.stdout.splitlines(), done.stderr
 
 
+@pytest.mark.slow
 def test_commands_are_ones_that_their_programs_take():
     commands = {json.dumps(command): command for page in PAGES for command in python_commands(page)}
     assert len(commands) > 40

@@ -51,7 +51,7 @@ FAST = (
     "s6la/imagenet_resnet101_s6la.py",
     "s6la/imagenet_deit_base.py",
 )
-"""One of each kind of data and family, for the second run; the others are marked as slow."""
+"""One of each kind of data and family, for `make test` and the run in tree mode; the others are slow."""
 
 
 KINDS = smoke.kinds(

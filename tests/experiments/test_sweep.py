@@ -32,7 +32,7 @@ RUNS = [f"{row}/seed_{seed}" for seed in (0, 1) for row in ROWS]
 def config():
     """Two networks with two seeds on the digits; dotted fields as arguments change all runs."""
 
-    def make(rows=tuple(ROWS), seeds=(0, 1), tables=("digits",), **fields):
+    def make(rows=tuple(ROWS), seeds=(0, 1), tables=("digits",), paper="s6la", **fields):
         made = {}
         for name in tables:
             of_table = {}
@@ -44,7 +44,7 @@ def config():
                 run.update_from_flattened_dict(changes | fields)
                 of_table[row] = sweeps.row(f"DeiT, {row}", run)
             made[name] = sweeps.table("DeiT on digits", "Some note.", of_table)
-        made = sweeps.sweep("s6la", made)
+        made = sweeps.sweep(paper, made)
         made.seeds = seeds
         return made
 
@@ -153,7 +153,8 @@ def test_the_table_has_means_and_standard_deviations_by_resolution(config, run, 
     assert cells[2][3:] == ["2 of 2", "60.00 ± 14.14", "30.00 ± 7.07"]
     assert cells[3][3:] == ["1 of 2 (failed: seed 1)", "60.00", "30.00"]
     assert "8 steps of 256" in lines[7]
-    assert lines[7].endswith("1 x cpu. Some note.")
+    assert " on 1 x cpu, without" in lines[7]
+    assert lines[7].endswith(" Some note.")
 
 
 def test_the_picture_has_every_score(config, run, trained, tmp_path):
@@ -206,6 +207,7 @@ def test_a_run_that_failed_is_tried_again_by_the_next_start(config, run, trained
 def test_a_row_starts_from_the_weights_of_another_one_of_its_seed(config, run, trained, tmp_path):
     made = config()
     made.tables.digits.rows.s6la.weights_of = "digits/plain"
+    made.tables.digits.rows.s6la.run.model.name = ROWS["plain"]
     trained.failing = ["plain/seed_1"]
     found = run(made)
     for seed in (0, 1):
@@ -281,6 +283,7 @@ def test_results_that_are_none_are_refused_by_the_name_of_their_file(config, run
         ({"seeds": ()}, r"^config\.seeds must be different numbers, at least one, got \(\)"),
         ({"seeds": (1, 1)}, r"^config\.seeds must be different numbers"),
         ({"tables": ()}, r"^config\.tables must have at least one"),
+        ({"paper": "mine"}, r"^config\.paper must be s4nd or s6la, got 'mine'"),
         ({"model.num_heads": 3}, r"^config\.tables\.digits\.rows\.plain\.run\.model"),
         ({"data.resolution": 6}, r"^config\.tables\.digits\.rows\.plain\.run\.model: images must "),
         ({"epochs": 0.0}, r"^config\.tables\.digits\.rows\.plain\.run\.epochs must be positive, got 0\.0"),
@@ -315,7 +318,9 @@ def test_runs_of_another_budget_are_not_mixed_with_those_that_are_there(config, 
     trained.clear()
     with pytest.raises(ConfigError, match=r"s6la/seed_0 holds a run of another config:\n  config\.epochs: 2\.0 there"):
         run(config(epochs=5.0))
-    with pytest.raises(ConfigError, match=r"To train only this row anew, remove \S*/runs/digits/s6la\.$"):
+    with pytest.raises(
+        ConfigError, match=r"To train only this row anew, remove \S*/runs/digits/s6la, and the sweep's results"
+    ):
         run(config(epochs=5.0))
     assert trained == []
 
@@ -334,7 +339,9 @@ def test_a_run_that_another_process_finishes_in_the_meantime_is_not_repeated(con
 def test_a_finished_run_that_cannot_be_read_is_named(config, run, trained, tmp_path):
     run(config())
     (tmp_path / "runs/digits/plain/seed_1/results.json").write_text('{"test": ')
-    with pytest.raises(ConfigError, match=r"plain/seed_1/results\.json is no JSON: .* Remove .*plain/seed_1 to train"):
+    with pytest.raises(
+        ConfigError, match=r"plain/seed_1/results\.json is no JSON: .* Remove .*plain/seed_1, and the sweep's"
+    ):
         run(config(), summarize=True)
 
 
@@ -347,8 +354,10 @@ def test_a_config_of_one_run_is_no_sweep(run):
 
 def test_the_command_has_the_fields_that_were_changed_and_no_folders_of_this_machine():
     arguments = ["--config=mine.py:8", "--config.data_dir=/data", "--workdir=runs/a", "--config.seeds=(3,)"]
+    arguments.append("--config.tables.a.rows.b.run.data.dir=/data")
     assert command_of("mine.py:8", arguments) == (
-        "python -m experiments.sweep --config=mine.py:8 --config.data_dir=FOLDER '--config.seeds=(3,)'"
+        "python -m experiments.sweep --config=mine.py:8 --config.data_dir=DATA_DIR '--config.seeds=(3,)' "
+        "--config.tables.a.rows.b.run.data.dir=DIR"
     )
 
 
@@ -464,7 +473,7 @@ def test_weights_that_do_not_fit_are_noticed_before_the_first_run(stem, jpeg_dir
         for row in table.rows.values():
             row.run.batch_size = 48  # there are no more than 54 images
             row.run.optimizer.warmup_epochs = 0.0
-    wrong = r"^config\.tables\.videos\.rows\.s4nd\.run\.weights: weights do not fit .*: stem\.conv\.bias is missing"
+    wrong = r"^config\.tables\.videos\.rows\.s4nd\.weights_of='images/s4nd': .*: stem\.conv\.bias is missing"
     fits = contextlib.nullcontext() if stem == "patch" else pytest.raises(ConfigError, match=wrong)
     with fits:
         assert len(module._check(module.plan(config, tmp_path / "runs"))) == 5
