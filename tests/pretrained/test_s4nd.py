@@ -34,8 +34,8 @@ LAYERS = [
     "s3d_dplr_temporal_deterministic",
 ]
 TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-9}
-GRADIENT_TOLERANCE = {jnp.float32: 2e-5, jnp.float64: 1e-9}
-"""How a CPU orders its sums is seen in the slopes of Fourier's slow direction: up to 1.04e-5 in float32."""
+SUMMED_BY_CPU = {"s3d_dplr_temporal_deterministic": TOLERANCE | {jnp.float32: 2e-5}}
+"""Of gradients where how a CPU orders its sums is seen in float32: 1.04e-5 on one. Its steps are of e^2."""
 
 
 def golden(shared, name, folder="param"):
@@ -191,7 +191,7 @@ def test_gradients_are_the_official_ones(shared, name, dtype):
     expected = nnx.to_pure_dict(nnx.state(layout))
     for (path, ours), theirs in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
         if np.any(theirs):
-            assert_close(ours, np.asarray(theirs, np.float64), dtype, GRADIENT_TOLERANCE)
+            assert_close(ours, np.asarray(theirs, np.float64), dtype, SUMMED_BY_CPU.get(name, TOLERANCE))
         else:
             assert not np.any(ours), path
 
