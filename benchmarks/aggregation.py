@@ -28,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import backbones
-from benchmarks.backbones import IMAGE_SIZE, MODELS, SCAN, batch_size, build, ours, precision, save, setting
+from benchmarks.backbones import IMAGE_SIZE, MODELS, SCAN, batch_size, build, ours, precision, setting
 from benchmarks.compiled_backbones import ESTIMATED, TARGET, cells, on_tpu, one_chip, record
-from benchmarks.side_by_side import CORES, DTYPE, OUT, ROUNDS, Passes, pin, surroundings, times
+from benchmarks.side_by_side import CORES, DTYPE, OUT, ROUNDS, Passes, pin, save, surroundings, times
 from benchmarks.tpu_aot import NOTE
 
 PLAIN, OURS = "plain", "s6la"

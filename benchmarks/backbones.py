@@ -14,10 +14,8 @@ comes from. Writes backbones_DTYPE.json into `--out`.
 import contextlib
 import functools
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +28,7 @@ from rich.table import Table
 
 from benchmarks import operations
 from benchmarks.operations import synchronize, torch_device
-from benchmarks.side_by_side import CORES, DTYPE, OUT, ROUNDS, Passes, allocated, now, pin, surroundings, times
+from benchmarks.side_by_side import CORES, DTYPE, ROUNDS, Passes, allocated, now, pin, save, surroundings, times
 from ssm_jax import create_model
 from ssm_jax.layers.stack import REMAT
 from ssm_jax.pretrained import load_torch
@@ -361,14 +359,6 @@ def check_names() -> None:
     unknown = set(MODELS.value) - set(NETWORKS)
     if unknown:
         raise app.UsageError(f"--models must be of {', '.join(NETWORKS)}; got {', '.join(unknown)}.")
-
-
-def save(name: str, record: Mapping[str, Any], console: Console) -> None:
-    """Writes a record into `--out`."""
-    file = Path(OUT.value) / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    console.print(f"results in {file}")
 
 
 if __name__ == "__main__":

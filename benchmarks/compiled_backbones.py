@@ -34,9 +34,8 @@ from benchmarks.backbones import (
     check_names,
     compile_step,
     functions,
-    save,
 )
-from benchmarks.side_by_side import CORES, DTYPE, ROUNDS, pin, surroundings
+from benchmarks.side_by_side import CORES, DTYPE, ROUNDS, pin, save, surroundings
 from benchmarks.tpu_aot import CHIP, NOTE, TOPOLOGY, Estimate, chip, estimate
 from ssm_jax.ops.backend import traced_for
 

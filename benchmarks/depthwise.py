@@ -5,9 +5,6 @@ r"""Depthwise convolutions on a CPU: sums of shifted products, which `Depthwise`
 Forward alone, and with the gradients of the map and of the kernel; the ratio is XLA's time by ours.
 """
 
-import json
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from absl import app
@@ -16,7 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.side_by_side import CORES, OUT, ROUNDS, Passes, jax_passes, medians, pin, surroundings
+from benchmarks.side_by_side import CORES, ROUNDS, Passes, jax_passes, medians, pin, save, surroundings
 from ssm_jax.layers.conv import Depthwise
 from ssm_jax.ops.backend import traced_for
 
@@ -61,9 +58,9 @@ def main(argv: list[str]) -> None:
         table.add_row(f"{name}, {' x '.join(map(str, shape))}", *cells)
     found = surroundings()
     table.caption = ", ".join(f"{key} {value}" for key, value in found.items())
-    Console().print(table)
-    Path(OUT.value).mkdir(parents=True, exist_ok=True)
-    (Path(OUT.value) / "depthwise.json").write_text(json.dumps({**found, "seconds": record}, indent=1) + "\n")
+    console = Console()
+    console.print(table)
+    save("depthwise", {"where": found, "seconds": record}, console)
 
 
 if __name__ == "__main__":

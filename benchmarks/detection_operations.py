@@ -21,8 +21,8 @@ from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.backbones import ratio, save
-from benchmarks.side_by_side import CORES, ROUNDS, Passes, allocated, jax_passes, pin, surroundings, times
+from benchmarks.backbones import ratio
+from benchmarks.side_by_side import CORES, ROUNDS, Passes, allocated, jax_passes, pin, save, surroundings, times
 from ssm_jax.detection.nms import nms
 from ssm_jax.detection.roi_align import pyramid_roi_align
 

@@ -7,7 +7,6 @@ transparent huge pages (/sys/kernel/mm/transparent_hugepage/enabled: always or m
 4 KiB. As the C library reads the variable only when a process starts, each number is of a process of its own, in turns.
 """
 
-import json
 import os
 import re
 import subprocess
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ssm_jax
-from benchmarks.side_by_side import CORES, OUT, ROUNDS, Passes, jax_passes, medians, pin, surroundings
+from benchmarks.side_by_side import CORES, ROUNDS, Passes, jax_passes, medians, pin, save, surroundings
 
 ONE = flags.DEFINE_string("one", None, "Measure only this network, as the process is, and print its seconds.")
 
@@ -92,9 +91,9 @@ def main(argv: list[str]) -> None:
         table.add_row(name, f"{1e3 * small:.0f}", f"{1e3 * huge:.0f}", f"{small / huge:.2f}")
     found = surroundings() | {"pages": pages}
     table.caption = ", ".join(f"{key} {value}" for key, value in found.items())
-    Console().print(table)
-    Path(OUT.value).mkdir(parents=True, exist_ok=True)
-    (Path(OUT.value) / "huge_pages.json").write_text(json.dumps({**found, "seconds": record}, indent=1) + "\n")
+    console = Console()
+    console.print(table)
+    save("huge_pages", {"where": found, "seconds": record}, console)
 
 
 if __name__ == "__main__":

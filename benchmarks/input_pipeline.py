@@ -40,8 +40,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.backbones import save
-from benchmarks.side_by_side import CORES, ROUNDS, pin, surroundings
+from benchmarks.side_by_side import CORES, ROUNDS, pin, save, surroundings
 from experiments.experiment import build
 from ssm_jax.data.augment import Augment, CenterCrop
 from ssm_jax.data.datasets import Source

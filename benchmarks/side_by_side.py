@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from rich.console import Console
 
 CORES = flags.DEFINE_integer("cores", 1, "Cores to use of a CPU.", lower_bound=1)
 DTYPE = flags.DEFINE_enum(
@@ -126,3 +127,11 @@ def surroundings(*packages: str) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
     versions = {package: version(package) for package in ("jax", *packages)}
     return {"device": name, "cores": str(cores), "python": platform.python_version(), **versions}
+
+
+def save(name: str, record: Mapping[str, Any], console: Console) -> None:
+    """Writes a record into `--out`."""
+    file = Path(OUT.value) / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"results in {file}")
