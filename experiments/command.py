@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from experiments import processes
 from experiments.config import ConfigError, flatten
+from experiments.lock import WorkdirInUseError
 from experiments.processes import fail
 from ssm_jax.data.pipeline import BrokenDataError
 from ssm_jax.training.checkpoints import CheckpointError
@@ -60,7 +61,7 @@ def run_command(main: Callable[[], Any]) -> None:
             status = processes.stop_status()
         except ConfigError as error:
             fail(str(error), status=2)
-        except (BrokenDataError, CheckpointError, NonFiniteLossError) as error:
+        except (BrokenDataError, CheckpointError, NonFiniteLossError, WorkdirInUseError) as error:
             fail(str(error), status=1)
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _FULL:

@@ -44,6 +44,7 @@ from experiments.classification import ClassificationProblem
 from experiments.command import config_flag, fail, run_command
 from experiments.config import Config, ConfigError, check_workdir, claim_workdir, section, write_file
 from experiments.experiment import Experiment, build
+from experiments.lock import WorkdirInUseError
 from experiments.published import PAPERS
 from experiments.report import save_pictures
 from experiments.train import train, workdir_flag
@@ -214,6 +215,8 @@ def _train(run: Run) -> None:
         train(run.config, run.workdir)
     except Stopped:
         raise
+    except WorkdirInUseError as error:
+        print(f"{run.name} is left to another process. {error}", flush=True)
     except Exception as error:  # whatever it is, the others can go on
         first = traceback.format_exception_only(error)[-1].strip()
         print(f"{run.name} failed: {first}", flush=True)

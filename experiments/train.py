@@ -19,6 +19,7 @@ from experiments import report
 from experiments.command import config_flag, run_command
 from experiments.config import Config, check_alike, check_workdir, claim_workdir
 from experiments.experiment import Experiment, Interrupted, build
+from experiments.lock import locked
 from experiments.observe import MakeWriter, Steps, check_profile, find_writer, parse_profile
 from experiments.problem import Scores
 from experiments.processes import Stopping, training
@@ -45,6 +46,7 @@ def train(
     check_alike(config, workdir)
     check_workdir(workdir, config)
     with (
+        locked(workdir),
         jax.set_mesh(experiment.mesh),
         Checkpoints(workdir / "checkpoints", metric=experiment.best_by) as checkpoints,
     ):

@@ -8,8 +8,10 @@ import types
 
 import jax
 import pytest
+from etils import epath
 
 from experiments import processes
+from experiments.lock import locked
 from experiments.processes import Stopping
 from experiments.train import train
 from ssm_jax.training.loop import Stopped
@@ -280,3 +282,12 @@ def test_a_run_that_is_stopped_amid_an_evaluation_evaluates_that_first(finished,
         return [{k: v for k, v in row.items() if k[:4] == "val/"} for row in read_metrics(folder) if "val/loss" in row]
 
     assert validation(tmp_path / "run") == validation(workdir)
+
+
+def test_a_workdir_in_use_is_told_as_something_to_try_again(command, tmp_path):
+    with locked(epath.Path(tmp_path / "run")):
+        done = command().run(f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert f"error: --workdir={tmp_path / 'run'} is in use: process {os.getpid()} on " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

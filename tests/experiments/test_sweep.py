@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 import standin
+from etils import epath
 from flax import nnx
 
 import ssm_jax
@@ -15,6 +16,7 @@ from experiments import results
 from experiments import sweep as module
 from experiments.config import ConfigError
 from experiments.experiment import build
+from experiments.lock import locked
 from experiments.sweep import command_of, name_of, parse_shard, picture
 from ssm_jax.training.checkpoints import Checkpoints
 from ssm_jax.training.loop import NonFiniteLossError, Stopped
@@ -334,6 +336,20 @@ def test_a_run_that_another_process_finishes_in_the_meantime_is_not_repeated(con
     monkeypatch.setattr(module, "train", train)
     run(config())
     assert sorted(trained) == sorted(RUNS)
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(config, run, trained, tmp_path, monkeypatch, capsys):
+    def train(made, workdir):
+        with locked(workdir):
+            trained(made, workdir)
+
+    monkeypatch.setattr(module, "train", train)
+    in_use = tmp_path / "runs" / "digits" / RUNS[0]
+    with locked(epath.Path(in_use)):
+        found = run(config())
+    assert f"digits/{RUNS[0]} is left to another process. --workdir={in_use} is in use" in capsys.readouterr().out
+    assert trained == RUNS[1:]
+    assert states(found, "plain") == {"0": "missing", "1": "finished"}
 
 
 def test_a_finished_run_that_cannot_be_read_is_named(config, run, trained, tmp_path):

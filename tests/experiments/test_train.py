@@ -3,10 +3,12 @@ import shutil
 
 import jax
 import pytest
+from etils import epath
 from PIL import Image
 
 from experiments.config import ConfigError
 from experiments.experiment import build
+from experiments.lock import WorkdirInUseError, locked
 from experiments.observe import Steps
 from experiments.train import train
 from ssm_jax.training.checkpoints import Checkpoints
@@ -120,6 +122,15 @@ def test_a_workdir_of_another_config_is_left_untouched(finished, tiny_config):
     with pytest.raises(ConfigError, match=r"config\.optimizer\.lr: 0\.01 there, 0\.5 now"):
         train(tiny_config(**{"optimizer.lr": 0.5}), workdir)
     assert contents(workdir) == before
+
+
+def test_a_workdir_that_another_start_is_in_is_left_untouched(finished):
+    workdir, config, _ = finished
+    with locked(epath.Path(workdir)):
+        before = contents(workdir)
+        with pytest.raises(WorkdirInUseError):
+            train(config, workdir)
+        assert contents(workdir) == before
 
 
 def test_a_directory_with_foreign_files_is_left_untouched(tmp_path, tiny_config):
