@@ -180,6 +180,7 @@ class S4ND(nnx.Module):
             rate: as for `__call__`, the same at all positions.
 
         Raises:
+            TypeError: for a rate that is traced, as `__call__` has it.
             ValueError: for a layer over several axes or in both directions, or with kernels that depend on their
                 length (see `DPLRKernel.recurrence`); for a wrong `state`, `u` or `rate`.
         """
