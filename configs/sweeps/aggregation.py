@@ -5,10 +5,10 @@ r"""A bottleneck ResNet and a small DeiT, plain and with each method that aggreg
 FOLDER has both datasets as TensorFlow Datasets prepares them, `cifar10/` and `tiny_imagenet20/`. What comes after a
 colon, with commas between, are the tables to make, DATASET_FAMILY (all by default), and `quick`. The ResNet has 56
 layers and is trained as usual for small images: SGD 0.1, batch 128, 180 epochs, a tenth of the rate after 100 and 150;
-DeiT-Ti as long, by AdamW. `quick` is about an hour on three CPU cores: smaller networks, images of half the resolution,
-700 steps. That is, each in a process of its own with --shard=1/3, 2/3 and 3/3, and then with --summarize:
+DeiT-Ti as long, by AdamW. `quick` is an hour and a half on four CPU cores: smaller networks, images of half the
+resolution, 700 steps. That is, each in a process of its own with --shard=1/4 to 4/4, and then with --summarize:
 
-    python -m experiments.sweep --config=configs/sweeps/aggregation.py:quick --shard=1/3 --config.data_dir=FOLDER
+    python -m experiments.sweep --config=configs/sweeps/aggregation.py:quick --shard=1/4 --config.data_dir=FOLDER
     python -m experiments.sweep --config=configs/sweeps/aggregation.py:quick,cifar10_deit --config.data_dir=FOLDER
 """
 
@@ -20,6 +20,8 @@ METHODS = {
     "resnet": ("plain", "se", "eca", "rla", "mrla_light", "s6la"),
     "deit": ("plain", "se", "eca", "mrla_light", "s6la"),
 }
+LABELS = {"plain": "plain", "se": "SE", "eca": "ECA", "rla": "RLA", "mrla_light": "MRLA-light", "s6la": "S6LA"}
+TITLES = {"resnet": "ResNet", "deit": "DeiT"}
 NOTES = {
     "resnet": "SE and ECA are at the end of a block's branch.",
     "deit": "SE and ECA are on the output of the MLP's branch, over all tokens. RLA is defined for ResNets only.",
@@ -53,10 +55,12 @@ def table(dataset: str, family: str, quick: bool) -> ConfigDict:
         run.data.name = dataset
         if method != "plain":
             run.model.name += f"_{method}"
-        rows[method] = sweeps.row(method, run)
+        rows[method] = sweeps.row(LABELS[method], run)
     network = ", ".join(f"{name}={value}" for name, value in run.model.to_dict().items() if name != "name")
     plain = rows["plain"].run.model.name
-    return sweeps.table(f"{plain} on {title}", f"{plain} with {network}. {NOTES[family]}", rows)
+    return sweeps.table(
+        f"Layer aggregation: {TITLES[family]} on {title}", f"{plain} with {network}. {NOTES[family]}", rows
+    )
 
 
 def resnet(size: int, quick: bool) -> ConfigDict:
