@@ -18,12 +18,12 @@ import jax
 from absl import app, flags
 from flax import nnx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 import configs
 import ssm_jax
 from experiments.config import Config
+from experiments.terminal import console
 from ssm_jax.data.datasets import outline
 from ssm_jax.detection import create_detector
 
@@ -124,11 +124,11 @@ def print_table() -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="In configs/; published numbers are in per cent.")
     for column in ("config", "dataset", "parameters", "epochs", "batch", "published (by others)"):
         justify: Any = COLUMNS.get(column, "left")
-        table.add_column(column, justify=justify, no_wrap=column == "config")
+        table.add_column(column, justify=justify, no_wrap=column == "config", overflow="fold")
     for recipe in recipes():
         name, dataset, _, parameters, epochs, batch, published, source = row(recipe)
         table.add_row(name, dataset, parameters, epochs, batch, f"{published} ({source})" if published else "")
-    Console().print(table)
+    console().print(table)
 
 
 if __name__ == "__main__":

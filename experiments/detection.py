@@ -12,13 +12,13 @@ from etils import epath
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from configs.common import classification
 from experiments.config import Config, ConfigError, flatten, write_file
 from experiments.problem import Evaluate, Evaluation, Loss, Rows, Scores
 from experiments.stages import Stage
+from experiments.terminal import console
 from experiments.weights import start_detector_from_weights
 from ssm_jax import detection, plots
 from ssm_jax.data.coco import Images
@@ -185,7 +185,7 @@ class DetectionProblem:
         results, categories, scored = (evaluation.rows[name] for name in ("results", "categories", "image_ids"))
         coco.write_results(workdir / f"detections_{split}.json", results)
         write_file(workdir / f"categories_{split}.json", json.dumps(categories, indent=2) + "\n")
-        Console().print(coco.category_table([row for row in categories if row["objects"]]))
+        console().print(coco.category_table([row for row in categories if row["objects"]]))
         return {"detections": self._picture(split, results, scored)}
 
     def _picture(self, split: str, results: Sequence[coco.Result], scored: Collection[int]) -> Figure:

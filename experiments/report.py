@@ -15,12 +15,12 @@ from absl import app, flags
 from etils import epath
 from flax import nnx
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from experiments import page
 from experiments.config import write_file
 from experiments.experiment import Experiment
 from experiments.problem import Scores
+from experiments.terminal import console
 from ssm_jax import plots
 from ssm_jax.layers import S4ND
 from ssm_jax.training.metrics import read_metrics
@@ -33,7 +33,7 @@ def print_table(experiment: Experiment, scores: Scores, *, checkpoint: str) -> N
     table = experiment.problem.table(scores, experiment.resolution)
     what = "images" if frames is None else f"clips of {frames} frames"
     table.title = f"{config.model.name} on the {config.data.name} test {what}, {checkpoint}"
-    Console().print(table)
+    console().print(table)
 
 
 def scores_by_frames(
@@ -73,7 +73,7 @@ def write(experiment: Experiment, state: TrainState, workdir: epath.Path) -> Sco
         if by_frames:
             results["test_by_frames"] = by_frames
         write_file(workdir / "results.json", json.dumps(results, indent=2) + "\n")  # last: the run is finished
-        Console().print(f"checkpoints, metrics, pictures and report.html are in {workdir}", soft_wrap=True)
+        console().print(f"checkpoints, metrics, pictures and report.html are in {workdir}", soft_wrap=True)
     return scores
 
 

@@ -36,7 +36,6 @@ from etils import epath
 from matplotlib.figure import Figure
 from ml_collections import config_flags
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from experiments import results
@@ -47,6 +46,7 @@ from experiments.experiment import Experiment, build
 from experiments.lock import WorkdirInUseError
 from experiments.published import PAPERS
 from experiments.report import save_pictures
+from experiments.terminal import console
 from experiments.train import train, workdir_flag
 from ssm_jax import plots
 from ssm_jax.training.loop import Stopped
@@ -295,10 +295,11 @@ def _write(found: dict[str, Any], workdir: epath.Path, out: epath.Path) -> None:
         columns, rows, caption = results.columns(of_table), results.rows(of_table), results.caption(of_table)
         table = Table(title=of_table["title"], caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column in columns:
-            table.add_column(column, justify="left" if column == columns[0] else "right", no_wrap=column == columns[0])
+            first = column == columns[0]
+            table.add_column(column, justify="left" if first else "right", no_wrap=first, overflow="fold")
         for row in rows:
             table.add_row(*row)
-        Console().print(table)
+        console().print(table)
         sections.append(f"## {of_table['title']}\n\n{results.markdown(columns, rows)}\n{caption}\n")
     for name, error in failures(found).items():
         print(f"{name} failed: {error}", flush=True)
@@ -307,7 +308,7 @@ def _write(found: dict[str, Any], workdir: epath.Path, out: epath.Path) -> None:
     results.check_replaceable(out, found)  # again: others may have written in the meantime
     out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    Console().print(f"sweep.md and sweep.png are in {workdir}, the results in {out}", soft_wrap=True)
+    console().print(f"sweep.md and sweep.png are in {workdir}, the results in {out}", soft_wrap=True)
 
 
 def picture(found: dict[str, Any]) -> Figure:

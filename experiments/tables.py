@@ -23,7 +23,6 @@ from absl import app, flags
 from etils import epath
 from flax import nnx
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from experiments import results
@@ -34,6 +33,7 @@ from experiments.page import STYLE
 from experiments.problem import load, problem_of
 from experiments.published import CLAIMS, COSTS, GROUPS, PAPERS, STATUS, Group
 from experiments.stages import Stage, plan
+from experiments.terminal import console
 from ssm_jax.chips import TPUS
 from ssm_jax.data.pipeline import batches_per_epoch
 from ssm_jax.ops.backend import traced_for
@@ -291,9 +291,9 @@ def _code(text: str) -> str:
 
 def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
     """For a terminal: what repeats in all rows goes below."""
-    console = Console()
+    out = console()
     for paper, of_paper in paper_sheets.items():
-        console.print(f"\n[bold]{PAPERS[paper]}[/bold]\n")
+        out.print(f"\n[bold]{PAPERS[paper]}[/bold]\n")
         for sheet in of_paper:
             shown = [i for i, column in enumerate(sheet.columns) if column not in sheet.wide]
             caption = sheet.caption.replace("`", "")
@@ -306,7 +306,7 @@ def print_sheets(paper_sheets: Mapping[str, Sequence[Sheet]]) -> None:
                 table.add_column(sheet.columns[i], no_wrap=whole, overflow="fold")
             for row in sheet.rows:
                 table.add_row(*("" if row[i].startswith("not stated") else row[i] for i in shown))
-            console.print(table)
+            out.print(table)
 
 
 def of_readme(found: Mapping[str, Any]) -> str:

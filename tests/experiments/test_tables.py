@@ -192,6 +192,14 @@ def test_a_terminal_is_not_too_narrow(folder, monkeypatch, capsys):
     assert "55.00 ± 7.07" in printed
 
 
+def test_in_a_pipe_no_cell_is_broken(folder, monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    tables.print_sheets({"s4nd": [*tables.sheets("s4nd", tables.load_known(folder))]})
+    printed = capsys.readouterr().out.splitlines()
+    assert any(" s4nd/cifar10_iso.py " in line and "94.1 accuracy" in line for line in printed)
+    assert any(line.split()[0] == "S4ND" and "55.00 ± 7.07" in line for line in printed if line.split())
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"topology": "v5e:8x8", "slices": 1, "stages": [{}]}'])
 def test_a_file_that_is_no_compile_report_is_named(folder, text):
     (folder / "compile/s6la-imagenet_resnet50-v5e-8x8.json").write_text(text)
