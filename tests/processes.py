@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ TINY: dict[str, Any] = {
     "log_every_steps": 3,
 }
 """Makes configs/s4nd/digits.py small."""
+
+PATIENCE = 240
+"""Seconds that processes have, on a machine on which other tests run."""
 
 # What XLA's library for collectives prints, piece by piece from several threads, so that pieces of lines get mixed.
 GLOO = re.compile(r"Gloo|is connected to|peer ranks|^[\s\d]*$")
@@ -56,7 +60,7 @@ class Command:
 
     def run(self, *arguments, **options) -> subprocess.CompletedProcess:
         process = self.start(*arguments, **options)
-        output, errors = process.communicate(timeout=120)
+        [(output, errors)] = outputs([process])
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
@@ -105,12 +109,23 @@ def run_as_four(command, *arguments, of_some=(), some=(), **environment):
 
 def ended(processes):
     """Waits for processes; gives (status, output, errors) of each."""
+    return [
+        (process.returncode, "".join(line for line in output.splitlines(True) if not GLOO.search(line)), errors)
+        for process, (output, errors) in zip(processes, outputs(processes), strict=True)
+    ]
+
+
+def outputs(processes):
+    """Waits for processes; gives (output, errors) of each. None outlives it: if they take too long, it tells errors."""
+    until = time.monotonic() + PATIENCE
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        return [process.communicate(timeout=max(0, until - time.monotonic())) for process in processes]
+    except subprocess.TimeoutExpired as late:
+        for process in processes:
+            process.kill()
+        errors = "\n".join(process.communicate()[1] for process in processes)
+        raise AssertionError(f"{late}; errors until then:\n{errors}") from late
     finally:
         for process in processes:
             process.kill()
-    return [
-        (process.returncode, "".join(line for line in output.splitlines(True) if not GLOO.search(line)), errors)
-        for process, (output, errors) in zip(processes, outputs, strict=True)
-    ]
+            process.wait()

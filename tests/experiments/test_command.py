@@ -9,6 +9,7 @@ import types
 import jax
 import pytest
 from etils import epath
+from processes import outputs
 
 from experiments import processes
 from experiments.lock import locked
@@ -235,10 +236,7 @@ def test_a_run_that_is_told_to_stop_before_its_first_step_ends_at_once(command, 
     process = command().start(f"--workdir={tmp_path}", "--config.epochs=10000", "--config.eval.every_epochs=10000")
     assert "steps of 256 images" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    [(_, errors)] = outputs([process])
     assert process.returncode == 130
     assert "; the same command goes on" in errors
     assert "Traceback" not in errors
@@ -254,10 +252,7 @@ def test_an_interrupted_run_saves_its_step_and_goes_on_from_it(command, tmp_path
         assert process.poll() is None
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGINT)
-    try:
-        _, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    [(_, errors)] = outputs([process])
     assert process.returncode == 130
     assert "stopping after this step; Ctrl-C once more stops at once." in errors
     (step,) = re.findall(r"^stopped at step (\d+); the same command goes on\.$", errors, re.MULTILINE)

@@ -220,7 +220,7 @@ def test_networks_that_tell_classes_need_nothing_of_detectors():
     assert set(coco.retinanet("resnet50").model) == {"name", "backbone"}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_processes_find_what_one_finds(small, finished, folder, tmp_path):
     """Two processes of four devices each, and one with eight."""
     command = Command(config="configs/s6la/coco_mask_rcnn_resnet50_s6la.py", tiny=False)

@@ -148,7 +148,7 @@ SCRIPT = {"PYTHONPATH": os.pathsep.join(map(str, [Path(__file__).parent.parent, 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_processes_train_and_evaluate_as_one_with_all_the_devices(command, finished, on_eight, tmp_path):
     """Two, of which one gets a SIGTERM; then both again, with evaluations; and four from where the two were stopped."""
     together, (alone, config, _) = tmp_path / "together", finished

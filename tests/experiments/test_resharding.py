@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_eight_then_two_then_four_devices(tiny_config, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_a_run_of_two_processes_goes_on_in_one(command, tiny_config, tmp_path):
     """Of the script at the end of this file: a run, and a checkpoint that one of the processes cannot read."""
     together, again, tests = tmp_path / "together", tmp_path / "again", Path(__file__).parent.parent
