@@ -51,6 +51,17 @@ def test_the_readme_and_the_guide_have_python():
         assert "python" in [language for language, _ in blocks(page)]
 
 
+@pytest.mark.slow
+def test_the_sweep_in_the_guide_can_start(tmp_path):
+    (code,) = (text for _, text in blocks(ROOT / "docs" / "getting_started.md") if "sweeps.sweep(" in text)
+    (tmp_path / "mine.py").write_text(code)
+    options = [f"--config={tmp_path}/mine.py", f"--workdir={tmp_path}", f"--results={tmp_path}", "--summarize"]
+    command = [sys.executable, "-m", "experiments.sweep", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0 of 2") == 3
+
+
 def lines(page):
     """Command lines of a page: whole ones in blocks, and with False such as are mentioned in the text."""
     for language, text in blocks(page):
