@@ -202,11 +202,11 @@ def _train_all(runs: Sequence[Run], unfinished: Sequence[Run]) -> None:
             finished = sum(run.finished for run in runs)
             number = f"run {done + 1} of {len(unfinished)} here, {finished} of all {len(runs)} are finished"
             print(f"{number}: {run.name}{left}", flush=True)
-        _train(run)
-        trained += 1
+        trained += _train(run)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run) -> bool:
+    """Whether it was this process's to train; a failure is noted beside the run."""
     try:
         claim_workdir(run.workdir, run.config)
         run.error.unlink(missing_ok=True)
@@ -217,12 +217,14 @@ def _train(run: Run) -> None:
         raise
     except WorkdirInUseError as error:
         print(f"{run.name} is left to another process. {error}", flush=True)
+        return False
     except Exception as error:  # whatever it is, the others can go on
         first = traceback.format_exception_only(error)[-1].strip()
         print(f"{run.name} failed: {first}", flush=True)
         if run.workdir.exists() and not run.finished:
             write_file(run.error, first + "\n" + traceback.format_exc())
     jax.clear_caches()  # the next run has other functions
+    return True
 
 
 def _table(options: Config, runs: Sequence[Run], experiments: dict[tuple[str, str], Experiment]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 
 import jax
 import numpy as np
@@ -347,7 +348,10 @@ def test_a_run_that_another_process_trains_is_left_to_it(config, run, trained, t
     in_use = tmp_path / "runs" / "digits" / RUNS[0]
     with locked(epath.Path(in_use)):
         found = run(config())
-    assert f"digits/{RUNS[0]} is left to another process. --workdir={in_use} is in use" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"digits/{RUNS[0]} is left to another process. --workdir={in_use} is in use" in printed
+    assert f"digits/{RUNS[1]}\n" in printed  # without a pace: nothing was trained yet
+    assert re.search(rf"digits/{RUNS[2]}, \S+ left at this pace\n", printed)
     assert trained == RUNS[1:]
     assert states(found, "plain") == {"0": "missing", "1": "finished"}
 
